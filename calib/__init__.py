@@ -1,0 +1,1 @@
+"""Recipes, presets and small corpora: data that ``importlib.resources`` finds, and no code."""

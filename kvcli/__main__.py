@@ -1,0 +1,6 @@
+"""``python -m kvcli``."""
+
+from kvcli.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The command line's table of contents.
+
+A new command is a module ``kvcli/cli/NAME.py`` with a function ``NAME`` and one line in :data:`COMMANDS`. The modules
+are imported to answer ``--help``, so they import whatever is heavy (torch, transformers) inside their functions.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+
+import kvcli
+from kvcli.cli.options import option
+
+COMMANDS = {
+    "calibrate": "calibrate",
+    "solve": "solve",
+    "generate": "generate",
+    "eval": "evaluate",
+    "inspect": "inspect",
+    "plugins": "plugins",
+    "doctor": "doctor",
+}
+"""Command names, in the order of ``--help``, and the modules that hold them."""
+
+_SECTION = re.compile(r"\n\n\w+\n-{3,}\n")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvcli {kvcli.__version__}")
+        raise typer.Exit
+
+
+def _root(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and leave.")
+    ] = False,
+    # taken out of the arguments in main.py, so that it works after the command's name too
+    debug: Annotated[bool, option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Calibrate a language model's KV cache to a bit budget, prove what it cost, and serve the result."""
+
+
+def build() -> typer.Typer:
+    """Return the application with every command."""
+    app = typer.Typer(
+        name="kvcli", callback=_root, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]}
+    )
+    for name, module in COMMANDS.items():
+        if find_spec(f"kvcli.cli.{module}"):
+            function: Callable[..., Any] = getattr(import_module(f"kvcli.cli.{module}"), module)
+            app.command(name, help=_help(function))(function)
+    return app
+
+
+def _help(function: Callable[..., Any]) -> str:
+    """Return the docstring up to its first numpy-style section: what a function raises is not for the user."""
+    return _SECTION.split(inspect.getdoc(function) or "", maxsplit=1)[0]

@@ -1,0 +1,144 @@
+"""The console script: runs a command, and turns whatever happens into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+INTERRUPTED = 130
+_TRUE = {"1", "t", "true", "y", "yes", "on"}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run ``kvcli`` with the given arguments (by default the process's) and leave with its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = words[: words.index("--")] if "--" in words else words
+    debug, as_json = _wanted("debug", options), _wanted("json", options)
+    if "--debug" in options:
+        words.remove("--debug")
+    _prepare(debug)
+    try:
+        code = _run(words)
+    except BaseException as error:
+        code = _report(error, debug=debug, as_json=as_json)
+    sys.exit(_finish(code))
+
+
+def _wanted(flag: str, words: Sequence[str]) -> bool:
+    return f"--{flag}" in words or os.environ.get(f"KVCLI_{flag.upper()}", "").strip().lower() in _TRUE
+
+
+def _prepare(debug: bool) -> None:
+    """Make stdout UTF-8 in every locale and keep libraries from talking; their progress bars are for terminals."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if not (sys.stderr and sys.stderr.isatty()):
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+
+
+def _run(words: list[str]) -> int:
+    from typer.main import get_command
+
+    from kvcli.cli.app import build
+
+    code = get_command(build())(words, prog_name="kvcli", standalone_mode=False)
+    if code == INTERRUPTED:  # Typer's answer to Ctrl-C
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
+
+
+def _report(error: BaseException, *, debug: bool, as_json: bool) -> int:
+    """Say what went wrong, on stderr and, if asked, as JSON on stdout; return the exit code."""
+    if _is_closed_pipe(error):
+        return 0
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+        error = error.__context__
+    if isinstance(error, SystemExit):  # completion scripts leave this way
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    code, message = _explain(error)
+    message = re.sub(r"\s*\n\s*", " ", message.strip())
+    try:
+        if debug:
+            traceback.print_exception(error)
+        if as_json:
+            from kvcli.cli.console import emit
+
+            emit({"error": {"code": code, "message": message}})
+        print(f"kvcli: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # nobody listens; the exit code still tells
+    return code
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the sentence for an error."""
+    import typer
+
+    from kvcli.errors import KvcliError
+
+    # Typer brings its own copy of click in some versions and imports click in others: ask for what both name alike
+    usage_error = next(x for x in typer.BadParameter.__mro__ if x.__name__ == "UsageError")
+    if isinstance(error, KvcliError):
+        return error.exit_code, str(error)
+    if isinstance(error, usage_error):
+        path = error.ctx.command_path if error.ctx else "kvcli"
+        return 2, f"{error.format_message().rstrip('.')} (see '{path} --help')."
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return INTERRUPTED, "Interrupted; finished stages are kept."
+    if _is_full_disk(error):
+        return 1, f"no space left on the disk{_where(error)}."
+    if isinstance(error, OSError) and error.strerror:
+        return 1, f"{error.strerror}{_where(error)}."
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+        return 4, "not enough memory."
+    kind = type(error).__name__
+    return 1, f"internal error: {kind}: {error}; rerun with --debug for the traceback".replace(": ;", ";")
+
+
+def _where(error: BaseException) -> str:
+    name = getattr(error, "filename", None)
+    return f": {name}" if name else ""
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    # libraries written in Rust or C++ report a full disk as an error of their own
+    return getattr(error, "errno", None) in _FULL or "No space left on device" in str(error)
+
+
+def _is_closed_pipe(error: BaseException) -> bool:
+    """Whether the reader of stdout or stderr has gone, which is its right; other pipes may not break quietly."""
+    if isinstance(error, SystemExit):  # Typer's answer to any broken pipe
+        error = error.__context__ or error
+    if not isinstance(error, BrokenPipeError):
+        return False
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _finish(code: int) -> int:
+    """Flush stdout now, where a failure can still be reported, instead of while the interpreter shuts down."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        code = code or _report(error, debug=False, as_json=False)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code

@@ -1,0 +1,253 @@
+"""Paged, packed storage of one layer: pages of codes, and beside them the exact sinks and the exact tail.
+
+Geometry and visibility are those of :class:`kvcli.plan.CachePlan`: page i holds slots i*B … (i+1)*B - 1, a query that
+makes the sequence n tokens long reads slots below ``boundary(n)`` from pages and the rest, and the sinks, exactly.
+No decoded copy is kept: :meth:`PackedLayer.read` decodes anew at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from kvcli.errors import InputError
+from kvcli.models.architectures import Rope
+from kvcli.plan import CachePlan
+from kvcli.quant import transforms
+from kvcli.quant.format import KVFormat
+from kvcli.quant.quantizer import from_bytes, to_bytes
+
+
+N = TypeVar("N", int, Tensor)
+
+
+class Codec:
+    """Turns exact keys and values of one layer into what pages store, and back: mean, RoPE, transform, codes.
+
+    Parameters
+    ----------
+    plan, index
+        The plan, and which of its layers this is.
+    rope
+        The model's rotary embedding; needed where keys are stored before it or have their mean taken off.
+    tensors
+        ``layer.{i}.k.mean`` and ``layer.{i}.v.mean`` ([num_kv_heads, head_dim]) for centred layers.
+    """
+
+    def __init__(self, plan: CachePlan, index: int, rope: Rope | None, tensors: Mapping[str, Tensor]) -> None:
+        self.plan = plan.layers[index]
+        self.exact_dtype: torch.dtype = getattr(torch, plan.exact_dtype)
+        self.rope = rope
+        self.means: dict[str, Tensor] = {}
+        if self.plan.center:
+            for name in ("k", "v"):
+                key = f"layer.{index}.{name}.mean"
+                if key not in tensors:
+                    raise InputError(f"tensor {key} is missing, and layer {index} is centred.")
+                self.means[name] = tensors[key].to(torch.float32).unsqueeze(-2)
+        if rope is None and (self.plan.rope == "before" or self.plan.center):
+            raise InputError(f"layer {index} stores keys that need the model's rotary embedding, and none was given.")
+
+    def encode(self, which: str, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode keys after RoPE or values, [..., num_kv_heads, tokens, head_dim], into section bytes.
+
+        ``positions`` is [tokens]. Returns codes, scales and zeros, each [..., num_kv_heads, bytes] uint8.
+        """
+        fmt: KVFormat = getattr(self.plan, which)
+        if not fmt.is_exact:
+            x = x.to(torch.float32)
+            x = self._to_stored(which, x, positions)
+            x = transforms.apply(self.plan.transform, x)
+        return to_bytes(x, fmt, self.exact_dtype)
+
+    def decode(self, which: str, sections: tuple[Tensor, Tensor, Tensor], positions: Tensor) -> Tensor:
+        """Undo :meth:`encode`: [..., num_kv_heads, tokens, head_dim], float32, or the exact dtype if exact."""
+        fmt: KVFormat = getattr(self.plan, which)
+        x = from_bytes(*sections, fmt, self.exact_dtype, self.plan.head_dim)
+        if fmt.is_exact:
+            return x
+        x = transforms.invert(self.plan.transform, x)
+        return self._from_stored(which, x, positions)
+
+    def _to_stored(self, which: str, x: Tensor, positions: Tensor) -> Tensor:
+        mean = self.means.get(which)
+        if which == "k" and self.rope is not None:
+            if self.plan.rope == "before":
+                x = self.rope.unrotate(x, positions)
+            elif mean is not None:
+                mean = self.rope.rotate(mean.expand(-1, len(positions), -1), positions)
+        return x if mean is None else x - mean
+
+    def _from_stored(self, which: str, x: Tensor, positions: Tensor) -> Tensor:
+        mean = self.means.get(which)
+        if which == "k" and self.rope is not None:
+            if self.plan.rope == "before":
+                return self.rope.rotate(x if mean is None else x + mean, positions)
+            if mean is not None:
+                mean = self.rope.rotate(mean.expand(-1, len(positions), -1), positions)
+        return x if mean is None else x + mean
+
+
+class PackedLayer:
+    """Pages, block tables, sinks and tails of one layer for a batch of sequences of unequal length.
+
+    Attributes
+    ----------
+    pages
+        [pool, num_kv_heads, head_bytes] uint8.
+    block_tables
+        Per sequence, the pool index of each logical page; -1 for pages that fell behind a sliding window.
+    lengths
+        Tokens each sequence has seen.
+    tail
+        [2, batch, num_kv_heads, W + B - 1, head_dim]: exact keys and values from ``boundary(length)`` on.
+    sinks
+        [2, batch, num_kv_heads, sink_tokens, head_dim]: exact keys and values of the first tokens.
+    """
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        index: int,
+        *,
+        batch_size: int = 1,
+        capacity: int = 0,
+        rope: Rope | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.cache_plan, self.index = plan, index
+        self.plan = plan.layers[index]
+        self.layout = self.plan.layout(plan.block_size)
+        self.codec = Codec(plan, index, rope, {k: v.to(device) for k, v in (tensors or {}).items()})
+        heads, dim, exact = self.plan.num_kv_heads, self.plan.head_dim, self.codec.exact_dtype
+        self._reserved = pool = plan.num_pages(index, capacity) * batch_size
+        self.pages = torch.zeros(pool, heads, self.layout.head_bytes, dtype=torch.uint8, device=device)
+        self.tail = torch.zeros(2, batch_size, heads, plan.tail(index), dim, dtype=exact, device=device)
+        self.sinks = torch.zeros(2, batch_size, heads, plan.sinks(index), dim, dtype=exact, device=device)
+        self.lengths = [0] * batch_size
+        self.block_tables: list[list[int]] = [[] for _ in range(batch_size)]
+        self._free = list(range(pool - 1, -1, -1))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really allocated for sequences: pages, sinks and tail."""
+        return self.pages.nbytes + self.tail.nbytes + self.sinks.nbytes
+
+    def boundary(self, n: N) -> N:
+        """First exactly read slot of a sequence of ``n`` tokens; ``n`` may be an integer tensor."""
+        return self.cache_plan.boundary(self.index, n)
+
+    # --- writing ------------------------------------------------------------------------------------------------
+
+    def exact(self, row: int, k: Tensor, v: Tensor) -> Tensor:
+        """Return exact keys and values from the sequence's current boundary on, new tokens included.
+
+        k, v are [num_kv_heads, new, head_dim] after RoPE; the result is [2, num_kv_heads, tokens, head_dim] in the
+        exact dtype, its first token at slot ``boundary(length)``.
+        """
+        kept = self.lengths[row] - self.boundary(self.lengths[row])
+        new = torch.stack((k, v)).to(self.codec.exact_dtype)
+        return torch.cat((self.tail[:, row, :, :kept], new), dim=2)
+
+    def append(self, row: int, exact: Tensor) -> None:
+        """Pack what leaves the window and keep the rest: ``exact`` is :meth:`exact`'s result for the new tokens."""
+        old = self.boundary(self.lengths[row])
+        n = old + exact.shape[2]
+        new = self.boundary(n)
+        num_sinks = self.sinks.shape[3]
+        if self.lengths[row] < num_sinks:  # sinks are still in the tail, or new, for as long as they are incomplete
+            part = exact[:, :, : num_sinks - old]
+            self.sinks[:, row, :, old : old + part.shape[2]] = part
+        if new > old:
+            self._write(row, exact[:, :, : new - old], old)
+        self.tail[:, row, :, : n - new] = exact[:, :, new - old :]
+        self.lengths[row] = n
+
+    def release(self, row: int) -> None:
+        """Give back pages that no later query of the sequence can see: those behind a sliding window."""
+        table = self.block_tables[row]
+        gone = min(self.cache_plan.first_page(self.index, self.lengths[row]), len(table))
+        freed = [page for page in table[:gone] if page >= 0]
+        table[:gone] = [-1] * gone
+        self._free += freed
+        in_use = sum(page >= 0 for t in self.block_tables for page in t)
+        if freed and self.pages.shape[0] > max(self._reserved, in_use):  # a long prefill held more for a while
+            self.reorder(list(range(len(self.lengths))))
+
+    def _allocate(self, count: int) -> list[int]:
+        missing = count - len(self._free)
+        if missing > 0:  # exactly what is needed: allocated bytes stay what the plan counts
+            start = self.pages.shape[0]
+            self.pages = torch.cat((self.pages, self.pages.new_zeros(missing, *self.pages.shape[1:])))
+            self._free = [*range(start + missing - 1, start - 1, -1), *self._free]
+        return [self._free.pop() for _ in range(count)]
+
+    def _write(self, row: int, exact: Tensor, first: int) -> None:
+        """Encode [2, num_kv_heads, tokens, head_dim] into the slots from ``first`` on."""
+        block, tokens = self.layout.block_size, exact.shape[2]
+        table = self.block_tables[row]
+        table += self._allocate(-(-(first + tokens) // block) - len(table))
+        slots = torch.arange(first, first + tokens, device=exact.device)
+        pool = torch.tensor(table, device=exact.device)[slots // block]
+        for which, x in zip("kv", exact, strict=True):
+            fmt: KVFormat = getattr(self.plan, which)
+            sections = self.codec.encode(which, x, slots)
+            for name, data in zip(("codes", "scales", "zeros"), sections, strict=True):
+                where = self.pages[..., self.layout.sections[f"{which}_{name}"]]
+                if fmt.is_token_wise:
+                    where = where.unflatten(-1, (block, -1)) if where.shape[-1] else where
+                    if where.shape[-1]:
+                        where[pool, :, slots % block] = data.unflatten(-1, (tokens, -1)).transpose(0, 1)
+                elif where.shape[-1]:  # a scale spans tokens, so only whole pages are written
+                    where[pool[::block]] = data.unflatten(-1, (tokens // block, -1)).transpose(0, 1)
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def read(self, row: int, stop: int | None = None) -> tuple[Tensor, Tensor, int]:
+        """Decode the sequence's pages.
+
+        Returns
+        -------
+        tuple
+            Keys after RoPE and values, [num_kv_heads, tokens, head_dim], and the slot of their first token. Tokens end
+            at ``stop``, by default at the boundary of the present length.
+        """
+        stop = self.boundary(self.lengths[row]) if stop is None else stop
+        block, table = self.layout.block_size, self.block_tables[row]
+        start = next((i for i, page in enumerate(table) if page >= 0), len(table))
+        if start * block >= stop:
+            nothing = self.tail[0, row, :, :0]
+            return nothing, nothing, start * block
+        pages = self.pages[torch.tensor(table[start : -(-stop // block)], dtype=torch.long, device=self.pages.device)]
+        slots = torch.arange(start * block, start * block + len(pages) * block, device=self.pages.device)
+        decoded = []
+        for which in "kv":
+            sections = [
+                # [pages, heads, bytes] to [heads, pages * bytes]: tokens in slot order
+                pages[..., self.layout.sections[f"{which}_{name}"]].transpose(0, 1).flatten(1)
+                for name in ("codes", "scales", "zeros")
+            ]
+            x = self.codec.decode(which, (sections[0], sections[1], sections[2]), slots)
+            decoded.append(x[:, : stop - start * block])
+        return decoded[0], decoded[1], start * block
+
+    def reorder(self, rows: list[int]) -> None:
+        """Let sequence i continue what sequence ``rows[i]`` held (beam search); pages are copied, not shared."""
+        pages, tables = [], []
+        for row in rows:
+            base = len(pages)
+            kept = [p for p in self.block_tables[row] if p >= 0]
+            pages += kept
+            dropped = len(self.block_tables[row]) - len(kept)
+            tables.append([-1] * dropped + list(range(base, base + len(kept))))
+        spare = max(0, self._reserved - len(pages))
+        picked = self.pages[torch.tensor(pages, dtype=torch.long, device=self.pages.device)]
+        self.pages = torch.cat((picked, self.pages.new_zeros(spare, *self.pages.shape[1:])))
+        self._free = list(range(len(pages) + spare - 1, len(pages) - 1, -1))
+        self.block_tables = tables
+        self.lengths = [self.lengths[r] for r in rows]
+        self.tail, self.sinks = self.tail[:, rows], self.sinks[:, rows]
