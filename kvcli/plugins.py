@@ -90,6 +90,10 @@ def _load(entry: EntryPoint) -> Any:
     family = getattr(plugin, "family", None)
     if family not in FAMILIES:
         raise InputError(f"its family is {family!r}, not one of {', '.join(FAMILIES)}")
+    methods = [name for name in vars(FAMILIES[family]) if not name.startswith("_")]
+    missing = [name for name in ("name", *methods) if not hasattr(plugin, name)]
+    if missing:
+        raise InputError(f"it has no {', '.join(missing)}, which a {family} needs")
     return plugin
 
 

@@ -73,8 +73,11 @@ def is_artifact(path: str | os.PathLike[str]) -> bool:
 
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file, read as a stream."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def open_artifact(path: str | os.PathLike[str], *, verify: bool = True, progress: Progress | None = None) -> Artifact:
@@ -213,7 +216,7 @@ def _check_weights(root: Path, sizes: Mapping[str, int]) -> None:
         raise InputError(f"{root / INDEX} has no weight_map.")
     for name, shard in shards.items():
         if not isinstance(shard, str) or name not in headers.get(shard, {}):
-            raise InputError(f"{root / INDEX} places {name[:200]} in {reprlib.repr(shard)}, where it is not.")
+            raise InputError(f"{root / INDEX} places {name[:200]!r} in {reprlib.repr(shard)}, where it is not.")
 
 
 def _check_geometry(path: Path, plan: CachePlan) -> None:

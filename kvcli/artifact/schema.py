@@ -9,9 +9,9 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-from jsonschema import Draft202012Validator  # type: ignore[import-untyped, unused-ignore]
-from jsonschema.exceptions import ValidationError, best_match  # type: ignore[import-untyped, unused-ignore]
-from jsonschema.validators import extend  # type: ignore[import-untyped, unused-ignore]
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError, best_match
+from jsonschema.validators import extend
 
 from kvcli.errors import InputError
 
@@ -121,6 +121,9 @@ SCHEMA: _Schema = {
 _STRICT = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
 _VALIDATOR = extend(Draft202012Validator, type_checker=_STRICT)(SCHEMA)
 
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 1
+
 
 def validate(obj: object, where: str) -> dict[str, Any]:
     """Return ``obj`` if it is a manifest that this kvcli reads.
@@ -149,6 +152,6 @@ def validate(obj: object, where: str) -> dict[str, Any]:
 
 def _sentence(error: ValidationError, where: str) -> str:
     """Say which value is wrong and how, whatever its size: the library's messages quote the value whole."""
-    message = error.message.replace(repr(error.instance), reprlib.repr(error.instance))
+    message = error.message.replace(repr(error.instance), _BRIEF.repr(error.instance))
     place = error.json_path.removeprefix("$").removeprefix(".")
     return f"{where}: {place[:200]}{': ' if place else ''}{message[:300]}."

@@ -59,7 +59,7 @@ def check_header(path: Path, expected: Mapping[str, Spec]) -> None:
     for name in sorted(expected.keys() - found.keys()):
         raise InputError(f"{path} lacks {name}, which the plan needs.")
     for name in sorted(found.keys() - expected.keys()):
-        raise InputError(f"{path} holds {name[:200]}, which the plan does not know.")
+        raise InputError(f"{path} holds {name[:200]!r}, which the plan does not know.")
     for name, want in expected.items():
         if found[name] != want:
             raise InputError(f"{path}: {name} is {_show(found[name])}, and the plan needs {_show(want)}.")

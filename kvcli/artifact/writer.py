@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import kvcli
 from kvcli.artifact.reader import INDEX, WEIGHTS, Artifact, Progress, is_artifact, open_artifact, sha256_of
@@ -91,7 +91,7 @@ class ArtifactWriter:
         self._path: Path | None = None
         self._lock = -1
         self._made: list[Path] = []
-        self._known: dict[str, Mapping[str, Any]] = {}
+        self._known: dict[int, Mapping[str, Any]] = {}  # by inode, so that a file written anew is hashed anew
 
     @property
     def path(self) -> Path:
@@ -99,7 +99,7 @@ class ArtifactWriter:
         assert self._path is not None, "the writer is used inside its context"
         return self._path
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ArtifactWriter:
         try:
             _clean_up(self.target)
             check_target(self.target, overwrite=self.overwrite)
@@ -139,7 +139,6 @@ class ArtifactWriter:
 
         state = _own_memory(weights)
         self._reserve(sum(get_torch_storage_size(tensor) for tensor in state.values()))
-        self._known.clear()
         save_torch_state_dict(state, self.path, max_shard_size=MAX_SHARD_BYTES)
 
     def link_weights(self, source: Artifact) -> None:
@@ -166,7 +165,7 @@ class ArtifactWriter:
             if name.endswith(".safetensors"):
                 with suppress(OSError):  # another file system, another owner, too many links
                     os.link(old, new)
-                    self._known[name] = entry
+                    self._known[new.stat().st_ino] = entry
                     continue
             self._reserve(entry["size"])
             shutil.copyfile(old, new)
@@ -176,6 +175,7 @@ class ArtifactWriter:
         from safetensors.torch import save_file
 
         state = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        (self.path / TENSORS).unlink(missing_ok=True)  # a link: some versions of safetensors write in place
         save_file(state, self.path / TENSORS, metadata={"format": "pt"})
 
     def write_json(self, name: str, obj: object) -> None:
@@ -243,14 +243,14 @@ class ArtifactWriter:
         mode = self.path.stat().st_mode & 0o666  # the umask's: safetensors makes its files private
         listed: dict[str, Mapping[str, Any]] = {}
         for file in files:
-            name, size = file.relative_to(self.path).as_posix(), file.stat().st_size
-            if name in self._known:
-                listed[name] = self._known[name]
+            name, status = file.relative_to(self.path).as_posix(), file.stat()
+            if status.st_ino in self._known:
+                listed[name] = self._known[status.st_ino]
             else:
                 file.chmod(mode)
-                listed[name] = {"sha256": sha256_of(file), "size": size}
+                listed[name] = {"sha256": sha256_of(file), "size": status.st_size}
             _sync(file)
-            done += size
+            done += status.st_size
             if progress:
                 progress(done, total)
         return listed
@@ -326,7 +326,7 @@ def _own_memory(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 def _is_disk_full(exc: Exception) -> bool:
     """Whether the disk is full: the libraries in Rust say so in their text only."""
-    return getattr(exc, "errno", None) in DISK_FULL or any(f"(os error {code})" in str(exc) for code in DISK_FULL)
+    return getattr(exc, "errno", None) in DISK_FULL or any(os.strerror(code) in str(exc) for code in DISK_FULL)
 
 
 def _sync(path: Path) -> None:

@@ -39,7 +39,6 @@ def _print_version(wanted: bool) -> None:
 
 
 def _root(
-    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and leave.")
     ] = False,
@@ -52,7 +51,11 @@ def _root(
 def build() -> typer.Typer:
     """Return the application with every command."""
     app = typer.Typer(
-        name="kvcli", callback=_root, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]}
+        name="kvcli",
+        callback=_root,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
     for name, module in COMMANDS.items():
         if find_spec(f"kvcli.cli.{module}"):

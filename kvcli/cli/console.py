@@ -100,7 +100,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
 
     terminal = _is_terminal(sys.stdout)
     out = _Console(file=sys.stdout, width=None if terminal else 10_000)
-    shown = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
+    shown = Table(
+        *columns, title=title, title_justify="left", box=box.SIMPLE_HEAD if terminal else None, pad_edge=False
+    )
     for row in rows:
         shown.add_row(*(Text(str(x)) for x in row))
     out.print(shown, highlight=False)

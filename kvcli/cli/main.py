@@ -10,7 +10,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn
 
 INTERRUPTED = 130
 _TRUE = {"1", "t", "true", "y", "yes", "on"}
@@ -63,24 +64,22 @@ def _run(words: list[str]) -> int:
 
 def _report(error: BaseException, *, debug: bool, as_json: bool) -> int:
     """Say what went wrong, on stderr and, if asked, as JSON on stdout; return the exit code."""
+    error = _undress(error)
     if _is_closed_pipe(error):
         return 0
-    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
-        error = error.__context__
     if isinstance(error, SystemExit):  # completion scripts leave this way
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     code, message = _explain(error)
     message = re.sub(r"\s*\n\s*", " ", message.strip())
-    try:
+    with suppress(OSError):  # if nobody listens, the exit code still tells
         if debug:
             traceback.print_exception(error)
-        if as_json:
-            from kvcli.cli.console import emit
-
-            emit({"error": {"code": code, "message": message}})
         print(f"kvcli: {message}", file=sys.stderr, flush=True)
-    except OSError:
-        pass  # nobody listens; the exit code still tells
+    if as_json:
+        from kvcli.cli.console import emit
+
+        with suppress(OSError):
+            emit({"error": {"code": code, "message": message}})
     return code
 
 
@@ -95,8 +94,9 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KvcliError):
         return error.exit_code, str(error)
     if isinstance(error, usage_error):
-        path = error.ctx.command_path if error.ctx else "kvcli"
-        return 2, f"{error.format_message().rstrip('.')} (see '{path} --help')."
+        usage: Any = error
+        path = usage.ctx.command_path if usage.ctx else "kvcli"
+        return 2, f"{usage.format_message().rstrip('.')} (see '{path} --help')."
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return INTERRUPTED, "Interrupted; finished stages are kept."
     if _is_full_disk(error):
@@ -105,8 +105,17 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return 1, f"{error.strerror}{_where(error)}."
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
         return 4, "not enough memory."
-    kind = type(error).__name__
-    return 1, f"internal error: {kind}: {error}; rerun with --debug for the traceback".replace(": ;", ";")
+    what = f"{type(error).__name__}: {error}".rstrip(": ")
+    return 1, f"internal error: {what}; rerun with --debug for the traceback"
+
+
+def _undress(error: BaseException) -> BaseException:
+    """Return what Typer answers with an exception of its own: it leaves on a broken pipe and aborts at a file's end."""
+    import typer
+
+    hidden = error.__context__
+    dressed = isinstance(error, (SystemExit, typer.Abort)) and isinstance(hidden, (BrokenPipeError, EOFError))
+    return hidden if dressed and hidden is not None else error
 
 
 def _where(error: BaseException) -> str:
@@ -121,8 +130,6 @@ def _is_full_disk(error: BaseException) -> bool:
 
 def _is_closed_pipe(error: BaseException) -> bool:
     """Whether the reader of stdout or stderr has gone, which is its right; other pipes may not break quietly."""
-    if isinstance(error, SystemExit):  # Typer's answer to any broken pipe
-        error = error.__context__ or error
     if not isinstance(error, BrokenPipeError):
         return False
     if not hasattr(select, "poll"):

@@ -70,7 +70,8 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 DtypeOption = Annotated[Dtype, option("--dtype", help="Dtype the model computes in.")]
 
 TrustRemoteCode = Annotated[
-    bool, option("--trust-remote-code", help="Run model code that the checkpoint brings along. Off unless you trust it.")
+    bool,
+    option("--trust-remote-code", help="Run model code that the checkpoint brings along. Off unless you trust it."),
 ]
 
 NoVerify = Annotated[bool, option("--no-verify", help="Skip the sha256 check of the artifact's files.")]

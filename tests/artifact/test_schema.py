@@ -18,6 +18,8 @@ from kvcli.errors import InputError
 from kvcli.plan import BLOCK_SIZES, COMPUTE_DTYPES, TRANSFORMS, CachePlan, LayerPlan
 from kvcli.quant.format import CODE_BITS, EXACT_BITS, KVFormat
 
+SHA = "0" * 64
+
 
 @st.composite
 def formats(draw: st.DrawFn, *, head_dim: int, block_size: int) -> KVFormat:
@@ -122,19 +124,19 @@ LAYER = ("plan", "layers", 0)
         (put(*LAYER, "head_dim", value="8"), "plan.layers[0].head_dim: '8' is not of type 'integer'."),
         (put(*LAYER, "head_dim", value=8.0), "plan.layers[0].head_dim: 8.0 is not of type 'integer'."),
         (put(*LAYER, "head_dim", value=True), "plan.layers[0].head_dim: True is not of type 'integer'."),
-        (put(*LAYER, "head_dim", value=10**9), "plan.layers[0].head_dim: 1000000000 is greater than the maximum of 4096."),
-        (put(*LAYER, "num_kv_heads", value=4097), "plan.layers[0].num_kv_heads: 4097 is greater than the maximum of 4096."),
+        (put(*LAYER, "head_dim", value=9999), "plan.layers[0].head_dim: 9999 is greater than the maximum of 4096."),
         (put(*LAYER, "num_kv_heads", value=0), "plan.layers[0].num_kv_heads: 0 is less than the minimum of 1."),
         (put(*LAYER, "kind", value="sparse"), "plan.layers[0].kind: 'sparse' is not one of ['full', 'sliding']."),
         (put(*LAYER, "k", "bits", value=None), "plan.layers[0].k.bits: None is not of type 'integer'."),
-        (put("plan", "sink_tokens", value=10**6 + 1), "plan.sink_tokens: 1000001 is greater than the maximum of 1000000."),
+        (put("plan", "sink_tokens", value=10**7), "plan.sink_tokens: 10000000 is greater than the maximum of 1000000."),
         (put("plan", "residual_window", value=-1), "plan.residual_window: -1 is less than the minimum of 0."),
         (put("plan", "layers", value=[]), "plan.layers: [] should be non-empty."),
         (put("plan", "hook", value="x"), "plan: Additional properties are not allowed ('hook' was unexpected)."),
-        (put("files", value={"a": {"size": 1, "sha256": "xyz"}}), "files.a.sha256: 'xyz' does not match '^[0-9a-f]{64}$'."),
+        (put("files", "a", value={"size": -1, "sha256": SHA}), "files.a.size: -1 is less than the minimum of 0."),
+        (put("source", "sha256", value="xyz"), "source.sha256: 'xyz' does not match '^[0-9a-f]{64}$'."),
         (put("budget", "bits", value=0), "budget.bits: 0 is less than or equal to the minimum of 0."),
     ],
-)  # fmt: skip
+)
 def test_each_violation_is_one_sentence(
     stored: dict[str, Any], change: Callable[[dict[str, Any]], None], sentence: str
 ) -> None:

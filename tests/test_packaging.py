@@ -1,0 +1,105 @@
+"""The wheel holds everything a user needs, and nothing is left behind in the repository."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from email.parser import Parser
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"kvcli": "kvcli", "plugins": "kvcli_plugins", "calib": "kvcli_calib"}
+JUNK = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
+
+
+def _sources(folder: Path) -> set[Path]:
+    return {x.relative_to(folder) for x in folder.rglob("*") if x.is_file() and "__pycache__" not in x.parts}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> ZipFile:
+    """Build from a copy, so that the repository stays as it is."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, source / folder, ignore=JUNK)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(out),
+        ".",
+    ]
+    done = subprocess.run(build, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (built,) = out.glob("kvcli-*.whl")
+    return ZipFile(built)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_file(wheel):
+    names = set(wheel.namelist())
+    missing = [
+        f"{folder}/{path}"
+        for folder, package in FOLDERS.items()
+        for path in _sources(ROOT / folder)
+        if f"{package}/{path.as_posix()}" not in names
+    ]
+    assert missing == []
+
+
+@pytest.mark.slow
+def test_the_wheel_says_what_it_is(wheel):
+    (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
+    assert metadata["Name"] == "kvcli"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert f"{info}/licenses/LICENSE" in wheel.namelist()
+    entries = wheel.read(f"{info}/entry_points.txt").decode()
+    assert "kvcli = kvcli.cli.main:main" in entries
+    assert "kivi = kvcli_plugins.kivi:KIVI" in entries
+
+
+@pytest.mark.slow
+def test_an_unpacked_wheel_runs(wheel, tmp_path, clean_env):
+    wheel.extractall(tmp_path)
+    code = (
+        "import kvcli, kvcli_plugins, importlib.resources as r, kvcli.plugins as p;"
+        "print(kvcli.__file__, kvcli_plugins.__file__, r.files('kvcli_calib'), *(x.name for x in p.discover()))"
+    )
+    env = {**clean_env, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, check=True
+    )
+    *places, plugin = done.stdout.split()
+    assert all(Path(x).is_relative_to(tmp_path) for x in places)
+    assert plugin == "kivi"
+
+
+def test_an_install_finds_the_other_folders():
+    """However kvcli got here, its plug-ins and data are importable under their package names from anywhere."""
+    code = "import kvcli_plugins, importlib.resources as r; print((r.files('kvcli_calib') / '__init__.py').is_file())"
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_every_dependency_of_ours_is_pinned():
+    """Whatever pyproject.toml asks for by range, constraints.txt pins (extras that CI does not install left out)."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {x.split(">")[0].strip().lower() for x in asked}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {x.split("==")[0].lower() for x in lines if "==" in x}
+    assert names - pinned == set()
+    assert not any("+" in x for x in lines), "a local version tag fits one build only"
