@@ -7,6 +7,7 @@ of unpacked public-domain packages that corpora/README.md describes, it also cut
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 import re
@@ -16,12 +17,22 @@ import zlib
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 CORPORA = Path(__file__).parent / "corpora"
 
-NAMES = "Amina Ben Carla Dmitri Elena Farid Grace Hiro Ines Jonas Kofi Leila Mateo Nadia Omar Priya Quinn Rosa".split()
-GOODS = "apples notebooks candles tickets bottles pencils postcards lamps chairs batteries tomatoes shirts".split()
-PLACES = "Lisbon Nairobi Oslo Kyoto Quito Hanoi Leeds Porto Bergen Accra Lima Turin Austin Tampa Dakar Cusco".split()
+NAMES = (
+    "Amina", "Ben", "Carla", "Dmitri", "Elena", "Farid", "Grace", "Hiro", "Ines", "Jonas", "Kofi", "Leila",
+    "Mateo", "Nadia", "Omar", "Priya", "Quinn", "Rosa",
+)  # fmt: skip
+GOODS = (
+    "apples", "notebooks", "candles", "tickets", "bottles", "pencils", "postcards", "lamps", "chairs", "batteries",
+    "tomatoes", "shirts",
+)  # fmt: skip
+PLACES = (
+    "Lisbon", "Nairobi", "Oslo", "Kyoto", "Quito", "Hanoi", "Leeds", "Porto", "Bergen", "Accra", "Lima", "Turin",
+    "Austin", "Tampa", "Dakar", "Cusco",
+)  # fmt: skip
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -36,8 +47,8 @@ def shopping(r: random.Random) -> tuple[str, str]:
         f"{who} buys {n} {a} at ${p} each and {m} {b} at ${q} each. The shop takes {off}% off the whole bill. "
         f"How much does {who} pay?",
         f"The {a} cost {n} * {p} = ${first}. The {b} cost {m} * {q} = ${second}. Together that is {first} + {second} = "
-        f"${first + second}. With {off}% off, {who} pays {100 - off}% of it: {first + second} * {(100 - off) / 100:g} = "
-        f"${paid:.2f}.",
+        f"${first + second}. With {off}% off, {who} pays {100 - off}% of it: "
+        f"{first + second} * {(100 - off) / 100:g} = ${paid:.2f}.",
     )
 
 
@@ -70,12 +81,12 @@ def sharing(r: random.Random) -> tuple[str, str]:
 
 def equation(r: random.Random) -> tuple[str, str]:
     """Return a linear equation, and its solution step by step."""
-    a, b, c, x = r.randint(3, 12), r.randint(1, 40), r.randint(1, 2), r.randint(-9, 15)
+    a, b, c, x = r.randint(4, 12), r.randint(1, 40), r.randint(2, 3), r.randint(-9, 15)
     right = a * x + b - c * x
     return (
         f"Solve for x: {a}x + {b} = {c}x + {right}.",
         f"Subtract {c}x from both sides: {a - c}x + {b} = {right}. Subtract {b}: {a - c}x = {right - b}. "
-        f"Divide by {a - c}: x = {x}.",
+        f"Divide by {a - c}: x = {x}.".replace(" 1x", " x"),
     )
 
 
@@ -119,7 +130,7 @@ def arithmetic(r: random.Random, size: int) -> Iterator[str]:
 
 def json_orders(r: random.Random) -> str:
     """Return an order as indented JSON."""
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"sku": f"{r.choice('ABCX')}{r.randint(100, 9999)}", "name": r.choice(GOODS), "quantity": r.randint(1, 40),
          "unit_price": round(r.uniform(0.5, 99), 2), "in_stock": r.random() < 0.8}
         for _ in range(r.randint(2, 5))
@@ -239,7 +250,9 @@ class Text(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks, self.line, self.hidden, self.pre = [], "", [], False
+        self.blocks: list[str] = []
+        self.hidden: list[str] = []  # open elements from the first hidden one on
+        self.line, self.pre = "", False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:  # noqa: D102
         classes = dict(attrs).get("class") or ""
@@ -272,7 +285,13 @@ class Text(HTMLParser):
         page = cls()
         page.feed(path.read_text("utf-8"))
         page.flush()
-        return "\n\n".join(page.blocks)
+        runs = (list(run) for _, run in itertools.groupby(page.blocks, cls.is_heading))
+        return "\n\n".join(block for run in runs if len(run) < 4 or not cls.is_heading(run[0]) for block in run)
+
+    @staticmethod
+    def is_heading(block: str) -> bool:
+        """Whether a block reads like one; four in a row are a table of contents or a navigation bar."""
+        return len(block) < 80 and block[-1] not in ".:;?!"
 
 
 def cut(text: str, size: int, start: int = 0) -> str:
@@ -285,7 +304,7 @@ def cut(text: str, size: int, start: int = 0) -> str:
 def prose(sources: Path) -> Iterator[str]:
     """Yield encyclopedic and technical prose: SQLite's documentation, tz's theory, the Jargon File, docutils' PEPs."""
     for name in SQLITE_PAGES:
-        yield cut(Text.of(sources / f"sqlite3-doc/usr/share/doc/sqlite3/{name}.html"), 7000)
+        yield cut(Text.of(sources / f"sqlite3-doc/usr/share/doc/sqlite3/{name}.html"), 6000)
     yield cut(Text.of(sources / "sqlite3-doc/usr/share/doc/sqlite3/faq.html"), 8000, 2600)  # after its contents
     yield cut(Text.of(sources / "tz/theory.html"), 26_000, 300)
     with gzip.open(sources / "jargon-text/usr/share/doc/jargon-text/jargon.txt.gz", "rt", encoding="utf-8") as stream:

@@ -36,6 +36,7 @@ class LayerPlan:
         Whether keys are quantised ``before`` or ``after`` the rotary embedding.
     transform
         What is applied to each head's vector before it is quantised, and undone after: ``none`` or ``hadamard``.
+        Tensors on the channel axis are left alone: a rotation would mix what their scales keep apart.
     center
         Whether a calibrated mean (``layer.{i}.k.mean``, ``layer.{i}.v.mean``: [num_kv_heads, head_dim], the keys'
         before RoPE) is taken off first.

@@ -163,6 +163,12 @@ def state_dict_for_saving(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
+def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that the tokenizer puts before any text by itself, if it does."""
+    encoding: Any = tokenizer("")
+    return tokenizer.bos_token_id if encoding.input_ids[:1] == [tokenizer.bos_token_id] else None
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Transformers off stderr."""

@@ -54,7 +54,7 @@ class PackedCache(Cache):
             PackedLayer(plan, i, batch_size=batch_size, capacity=capacity, rope=rope, tensors=tensors, device=device)
             for i in range(len(plan.layers))
         ]
-        super().__init__(layers=[_CacheLayer(store) for store in stores])
+        super().__init__(layers=[StoredLayer(store) for store in stores])
 
     @property
     def stores(self) -> list[PackedLayer]:
@@ -108,7 +108,9 @@ class AttendingLayer(CacheLayerMixin):
         return -1
 
 
-class _CacheLayer(AttendingLayer):
+class StoredLayer(AttendingLayer):
+    """A layer that keeps its tokens packed."""
+
     def __init__(self, store: PackedLayer) -> None:
         super().__init__()
         self.store = store

@@ -60,7 +60,7 @@ class Codec:
         if not fmt.is_exact:
             x = x.to(torch.float32)
             x = self._to_stored(which, x, positions)
-            x = transforms.apply(self.plan.transform, x)
+            x = transforms.apply(self._transform(fmt), x)
         return to_bytes(x, fmt, self.exact_dtype)
 
     def decode(self, which: str, sections: tuple[Tensor, Tensor, Tensor], positions: Tensor) -> Tensor:
@@ -69,8 +69,12 @@ class Codec:
         x = from_bytes(*sections, fmt, self.exact_dtype, self.plan.head_dim)
         if fmt.is_exact:
             return x
-        x = transforms.invert(self.plan.transform, x)
+        x = transforms.invert(self._transform(fmt), x)
         return self._from_stored(which, x, positions)
+
+    def _transform(self, fmt: KVFormat) -> str:
+        # a rotation would mix the channels that a channel-axis format keeps apart
+        return self.plan.transform if fmt.axis == "token" else "none"
 
     def _to_stored(self, which: str, x: Tensor, positions: Tensor) -> Tensor:
         mean = self.means.get(which)

@@ -1,0 +1,365 @@
+"""Layer-wise sensitivity to key and value formats, and the plan that spends a budget best.
+
+After KVTuner (Li et al., 2025, arXiv:2502.04420): sensitivities are measured layer by layer on captured attention, and
+precision is chosen per layer for keys and values apart. Departures: the loss is the KL divergence of the model's output
+distribution, measured end to end for two anchor formats per layer and tensor and carried over to the other formats by
+their attention output error; losses add up over tensors and layers; and the plan is the exact optimum of that sum under
+a ceiling on effective bits (a knapsack) instead of a genetic search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcli.calibration import knapsack
+from kvcli.calibration.capture import Attention, layer_inputs, plain_cache, run_layers
+from kvcli.calibration.space import SearchSpace, Setting
+from kvcli.errors import BudgetError
+from kvcli.models.architectures import Rope
+from kvcli.plan import CachePlan, LayerPlan
+from kvcli.quant.format import KVFormat
+from kvcli.runtime.attention import visible
+from kvcli.runtime.packed_cache import PackedCache, StoredLayer
+from kvcli.runtime.packed_layer import PackedLayer
+
+Which = Literal["k", "v"]
+TENSORS: tuple[Which, Which] = ("k", "v")
+BASE = Setting(block_size=16, sink_tokens=4, residual_window=0)  # under which layers are compared
+NO_CEILING = 1e6  # bits: more than any plan takes
+MIN_KL = 1e-12  # nats; below this a measurement is rounding
+
+
+@dataclass
+class Sensitivity:
+    """What was measured, enough to solve for any budget without the model.
+
+    Attributes
+    ----------
+    space, geometry, dtype
+        Candidates, the model's layers (in exact formats), compute dtype.
+    error
+        ``error[which][layer][format]``: squared relative error of the attention output, ‖ô - o‖² / ‖o‖².
+    kl
+        ``kl[which][layer][format]``: mean KL in nats a token that this choice alone costs.
+    measured
+        ``measured[which][format]``: per layer, the end-to-end measurements that ``kl`` passes through.
+    ratio
+        Per setting, what it multiplies the loss by, relative to :data:`BASE`.
+    """
+
+    space: SearchSpace
+    geometry: list[LayerPlan]
+    dtype: str
+    error: dict[Which, list[list[float]]]
+    kl: dict[Which, list[list[float]]]
+    measured: dict[Which, dict[str, list[float]]]
+    ratio: dict[Setting, float]
+
+    @classmethod
+    def unmeasured(cls, space: SearchSpace, geometry: list[LayerPlan], dtype: str) -> Sensitivity:
+        """Return a stand-in where nothing costs anything: enough to ask which budgets can be met."""
+        free: dict[Which, list[list[float]]] = {
+            "k": [[0.0] * len(space.k)] * len(geometry), "v": [[0.0] * len(space.v)] * len(geometry),
+        }  # fmt: skip
+        return cls(space, geometry, dtype, free, free, {}, dict.fromkeys(space.settings(), 1.0))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain JSON."""
+        return {
+            "space": self.space.to_json(),
+            "geometry": [x.to_json() for x in self.geometry],
+            "dtype": self.dtype,
+            "error": self.error, "kl": self.kl, "measured": self.measured,
+            "ratio": [{**asdict(s), "ratio": r} for s, r in self.ratio.items()],
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, obj: Mapping[str, Any]) -> Sensitivity:
+        """Rebuild from :meth:`to_json`."""
+        return cls(
+            SearchSpace.from_json(obj["space"]), [LayerPlan.from_json(x) for x in obj["geometry"]], obj["dtype"],
+            obj["error"], obj["kl"], obj["measured"],
+            {Setting(*(r[f] for f in Setting.__dataclass_fields__)): r["ratio"] for r in obj["ratio"]},
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A plan and the mean KL, in nats a token, that the additive model predicts for it."""
+
+    plan: CachePlan
+    predicted_kl: float
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+def anchors(formats: tuple[KVFormat, ...]) -> list[int]:
+    """Return the formats measured end to end: the first listed of each of the two smallest widths."""
+    widths = sorted({f.bits for f in formats if not f.is_exact})[:2]
+    return [next(i for i, f in enumerate(formats) if f.bits == b) for b in widths]
+
+
+def output_errors(
+    attention: Attention, plan: CachePlan, index: int, which: Which, formats: tuple[KVFormat, ...], rope: Rope,
+    tensors: Mapping[str, Tensor],
+) -> list[float]:  # fmt: skip
+    """Squared relative error of one layer's attention output for each candidate format of one tensor.
+
+    The layer reads packed and exact tokens as decoding does; only the second half of the queries counts. The other
+    tensor stays exact, and the layer's inputs are the exact model's: errors do not accumulate.
+    """
+    tokens = attention.key.shape[2]
+    positions = torch.arange(tokens, device=attention.key.device)
+    queries = positions[tokens // 2 :]
+    heads = attention.key.shape[1]
+    query = attention.query[:, :, tokens // 2 :].unflatten(1, (heads, -1)).float()
+    key, value = attention.key.float(), attention.value.float()
+    scores = torch.einsum("bhgtd,bhsd->bhgts", query, key) * attention.scaling
+
+    def layer_with(fmt: KVFormat) -> PackedLayer:
+        layers = list(plan.layers)
+        layers[index] = replace(layers[index], **{which: fmt})
+        return PackedLayer(replace(plan, layers=tuple(layers)), index, rope=rope, tensors=tensors, device=key.device)
+
+    probe = layer_with(formats[0])
+    packed = visible(positions, queries, probe, "packed")
+    seen = packed | visible(positions, queries, probe, "exact") | visible(positions, queries, probe, "sinks")
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    norm = torch.einsum("bhgts,bhsd->bhgtd", weights, value).square().sum()
+    out = []
+    for fmt in formats:
+        codec = layer_with(fmt).codec
+        exact = (key if which == "k" else value).to(codec.exact_dtype)
+        padded = torch.nn.functional.pad(exact, (0, 0, 0, -tokens % plan.block_size))
+        slots = torch.arange(padded.shape[2], device=key.device)
+        rebuilt = codec.decode(which, codec.encode(which, padded, slots), slots)[:, :, :tokens].float()
+        if which == "v":
+            delta = torch.einsum("bhgts,bhsd->bhgtd", weights * packed, rebuilt - value)
+        else:
+            mixed = torch.einsum("bhgtd,bhsd->bhgts", query, rebuilt) * attention.scaling
+            mixed = torch.where(packed, mixed, scores).masked_fill(~seen, -math.inf).softmax(-1)
+            delta = torch.einsum("bhgts,bhsd->bhgtd", mixed - weights, value)
+        out.append(float(delta.square().sum() / norm))
+    return out
+
+
+def carry_over(error: list[float], points: dict[int, float]) -> list[float]:
+    """Extend KL measured at some formats to all of them by a power law in their output error.
+
+    Through two points the exponent is measured (kept within 1/2 and 3); from one it is 1: KL is second order in the
+    perturbation, and so is the squared error. A format's own measurement is kept.
+    """
+    known = [(math.log(max(error[i], 1e-30)), math.log(max(kl, MIN_KL))) for i, kl in points.items()]
+    slope = 1.0
+    if len(known) == 2 and abs(known[0][0] - known[1][0]) > 1e-3:
+        slope = min(3.0, max(0.5, (known[0][1] - known[1][1]) / (known[0][0] - known[1][0])))
+    out = []
+    for i, e in enumerate(error):
+        at = math.log(max(e, 1e-30))
+        x, y = min(known, key=lambda p: abs(p[0] - at))
+        out.append(max(points[i], MIN_KL) if i in points else math.exp(y + slope * (at - x)))
+    return out
+
+
+def mean_kl(reference: Tensor, log_probs: Tensor) -> float:
+    """Mean over tokens of KL(reference‖other), in nats; both are [..., vocabulary] log-probabilities."""
+    return float((reference.exp() * (reference - log_probs)).sum(-1).mean())
+
+
+class Probe:
+    """A model and a few windows on which what a choice costs is measured end to end.
+
+    Parameters
+    ----------
+    model
+        With attention ``kvcli``.
+    ids
+        [batch, tokens]; the second half of each window is scored.
+    rope, tensors
+        What the candidates' codecs need.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, rope: Rope, tensors: Mapping[str, Tensor]) -> None:
+        self.model, self.ids, self.rope, self.tensors = model, ids, rope, tensors
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities of the scored half from the final norm's output."""
+        return self.model.lm_head(hidden[:, hidden.shape[1] // 2 :]).float().log_softmax(-1)
+
+    def reference(self, plan: CachePlan) -> Tensor:
+        """Log-probabilities of the exact model."""
+        return self.log_probs(run_layers(self.model, self.model.model.embed_tokens(self.ids), plain_cache(plan), 0))
+
+    def kl_of_layer(self, plan: CachePlan, index: int, hidden: Tensor, reference: Tensor) -> float:
+        """KL when one layer alone is stored as ``plan`` says; ``hidden`` is that layer's input."""
+        batch, tokens = self.ids.shape
+        cache = plain_cache(plan)
+        cache.layers[index] = StoredLayer(
+            PackedLayer(plan, index, batch_size=batch, capacity=tokens, rope=self.rope, tensors=self.tensors)
+        )
+        return mean_kl(reference, self.log_probs(run_layers(self.model, hidden, cache, index)))
+
+    def kl_of(self, plan: CachePlan, reference: Tensor) -> float:
+        """KL of a whole plan."""
+        batch, tokens = self.ids.shape
+        cache = PackedCache(plan, batch_size=batch, capacity=tokens, rope=self.rope, tensors=self.tensors)
+        return mean_kl(reference, self.log_probs(run_layers(self.model, self.model.model.embed_tokens(self.ids), cache, 0)))
+
+
+def measure_layers(
+    probe: Probe, space: SearchSpace, geometry: list[LayerPlan], dtype: str, step: Callable[[], None] = lambda: None
+) -> tuple[dict[Which, list[list[float]]], dict[Which, list[list[float]]], dict[Which, dict[str, list[float]]]]:
+    """Measure every layer's errors, KL at the anchors, and carry the KL over; see :class:`Sensitivity`.
+
+    ``step`` is called once a layer.
+    """
+    exact = KVFormat.exact()
+    plain = space.plan([space.layer(x, exact, exact) for x in geometry], BASE, dtype)
+    reference = probe.reference(plain)
+    formats: dict[Which, tuple[KVFormat, ...]] = {"k": space.k, "v": space.v}
+    error: dict[Which, list[list[float]]] = {"k": [], "v": []}
+    kl: dict[Which, list[list[float]]] = {"k": [], "v": []}
+    measured: dict[Which, dict[str, list[float]]] = {
+        which: {str(formats[which][i]): [] for i in anchors(formats[which])} for which in TENSORS
+    }
+    for i, hidden, attention in layer_inputs(probe.model, plain, probe.ids):
+        for which in TENSORS:
+            candidates = formats[which]
+            block = max([BASE.block_size, *(f.group for f in candidates if f.axis == "channel" and not f.is_exact)])
+            errors = output_errors(
+                attention, replace(plain, block_size=block), i, which, candidates, probe.rope, probe.tensors
+            )
+            points = {}
+            for a in anchors(candidates):
+                layers = list(plain.layers)
+                layers[i] = replace(layers[i], **{which: candidates[a]})
+                plan = replace(plain, layers=tuple(layers), block_size=block)
+                points[a] = probe.kl_of_layer(plan, i, hidden, reference)
+                measured[which][str(candidates[a])].append(points[a])
+            error[which].append(errors)
+            kl[which].append(carry_over(errors, points))
+        step()
+    return error, kl, measured
+
+
+def measure_settings(
+    probe: Probe, space: SearchSpace, geometry: list[LayerPlan], dtype: str, step: Callable[[], None] = lambda: None
+) -> dict[Setting, float]:
+    """Measure how sinks, window and page size change the loss of a uniform plan, relative to :data:`BASE`.
+
+    Sinks are taken to act independently of the exact tail (window and page), so each is measured with the other at its
+    base. The uniform plan stores everything in the second anchor format. ``step`` is called once a measurement.
+    """
+    choose = [f[anchors(f)[-1]] if anchors(f) else f[0] for f in (space.k, space.v)]
+    layers = [space.layer(x, *choose) for x in geometry]
+    reference = probe.reference(space.plan(layers, BASE, dtype))
+    known: dict[Setting, float] = {}
+
+    def kl(setting: Setting) -> float:
+        if setting not in known:
+            known[setting] = max(probe.kl_of(space.plan(layers, setting, dtype), reference), MIN_KL)
+            step()
+        return known[setting]
+
+    base = BASE
+    if base.block_size not in space.block_sizes:
+        base = replace(base, block_size=min(space.block_sizes))
+    out = {}
+    for setting in space.settings():
+        tail = kl(replace(base, block_size=setting.block_size, residual_window=setting.residual_window))
+        sinks = kl(replace(base, sink_tokens=setting.sink_tokens))
+        out[setting] = tail / kl(base) * sinks / kl(base)
+    return out
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------
+
+
+def solve_setting(found: Sensitivity, setting: Setting, bits: float, context: int, nominal: bool) -> Solution | None:
+    """Return the best plan under one setting, or None if even the smallest exceeds the budget."""
+    space, geometry = found.space, found.geometry
+    pairs = [
+        (a, b)
+        for a, k in enumerate(space.k)
+        for b, v in enumerate(space.v)
+        if _fits(k, setting) and _fits(v, setting)
+    ]
+    if not pairs:
+        return None
+    cost: dict[LayerPlan, list[int]] = {}  # layers of one geometry weigh alike
+
+    def plan_of(choices: list[int]) -> CachePlan:
+        chosen = [pairs[c] for c in choices]
+        layers = [space.layer(x, space.k[a], space.v[b]) for x, (a, b) in zip(geometry, chosen, strict=True)]
+        return space.plan(layers, setting, found.dtype)
+
+    def spent(plan: CachePlan) -> float:
+        return plan.nominal_bits if nominal else plan.effective_bits(context)
+
+    length = plan_of([0] * len(geometry)).worst_length(context)
+    for x in set(geometry):
+        options = [space.layer(x, space.k[a], space.v[b]) for a, b in pairs]
+        cost[x] = [
+            o.k.bits + o.v.bits if nominal else space.plan([o], setting, found.dtype).layer_bytes_at(0, length)
+            for o in options
+        ]
+    weights = [cost[x] for x in geometry]
+    losses = [[k[a] + v[b] for a, b in pairs] for k, v in zip(found.kl["k"], found.kl["v"], strict=True)]
+    per_bit = 2 * len(geometry) if nominal else length * sum(x.scalars_per_token for x in geometry) / 8
+    ceiling = math.floor(bits * per_bit + 1e-9)
+    while (choices := knapsack.solve(weights, losses, ceiling)) is not None:
+        plan = plan_of(choices)
+        over = spent(plan) - bits
+        if over <= 1e-9:
+            loss = sum(x[c] for x, c in zip(losses, choices, strict=True)) * found.ratio[setting]
+            return Solution(plan, loss)
+        # another length of the last block is the worst one for this plan: tighten by what it is over
+        ceiling = min(ceiling - 1, math.floor(ceiling - over * per_bit))
+    return None
+
+
+def _fits(fmt: KVFormat, setting: Setting) -> bool:
+    return fmt.is_exact or fmt.axis == "token" or setting.block_size % fmt.group == 0
+
+
+def solve(found: Sensitivity, bits: float, context: int, *, nominal: bool = False) -> list[Solution]:
+    """Return the best plan of every setting that can meet the budget, best first.
+
+    Parameters
+    ----------
+    found
+        The measurements.
+    bits
+        Ceiling on effective bits at ``context``, or on nominal bits.
+    context
+        Tokens of one sequence at which effective bits are counted.
+    nominal
+        Count as papers do.
+
+    Raises
+    ------
+    BudgetError
+        Naming the least reachable budget.
+    """
+    solutions = [s for setting in found.ratio if (s := solve_setting(found, setting, bits, context, nominal))]
+    if not solutions:
+        least = least_bits(found, context, nominal)
+        kind = "nominal" if nominal else "effective"
+        raise BudgetError(f"{bits:g} {kind} bits at {context} tokens cannot be met; the least reachable is {least:.3f}.")
+    return sorted(solutions, key=lambda s: s.predicted_kl)
+
+
+def least_bits(found: Sensitivity, context: int, nominal: bool) -> float:
+    """Return the smallest budget any plan of the space meets, rounded up to three decimals."""
+    free = Sensitivity.unmeasured(found.space, found.geometry, found.dtype)
+    plans = [s.plan for setting in found.ratio if (s := solve_setting(free, setting, NO_CEILING, context, nominal))]
+    least = min(p.nominal_bits if nominal else p.effective_bits(context) for p in plans)
+    return math.ceil(least * 1000 - 1e-6) / 1000

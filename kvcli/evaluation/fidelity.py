@@ -1,0 +1,147 @@
+"""How faithful a packed cache is: perplexity, KL divergence and top-1 flips against the 16-bit cache.
+
+Teacher-forced on windows of text, the second half of each scored, with the cache read the way decoding reads it. The
+reference is the same weights on the exact plan, run in the same chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvcli.errors import BudgetError, InputError
+from kvcli.runtime.packed_model import CHUNK, PackedModel
+
+TASKS = ("ppl", "kl", "flips")
+ROWS = 128  # tokens whose distributions are compared at once, in float64
+
+
+def compare(reference: Tensor, other: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Per token, what two distributions have in common.
+
+    Parameters
+    ----------
+    reference, other
+        Log-probabilities [tokens, vocabulary].
+    targets
+        [tokens] the tokens that came.
+
+    Returns
+    -------
+    dict
+        ``kl`` (nats, reference‖other), ``nll`` and ``nll_reference`` (nats), ``flip`` (bool: another top-1 token), each
+        [tokens], float64.
+    """
+    out: dict[str, list[Tensor]] = {"kl": [], "nll": [], "nll_reference": [], "flip": []}
+    for p, q, t in zip(reference.split(ROWS), other.split(ROWS), targets.split(ROWS), strict=True):
+        p, q = p.double(), q.double()
+        out["kl"].append((p.exp() * (p - q)).sum(-1).clamp(min=0))
+        out["nll"].append(-q.gather(-1, t[:, None])[:, 0])
+        out["nll_reference"].append(-p.gather(-1, t[:, None])[:, 0])
+        out["flip"].append(p.argmax(-1) != q.argmax(-1))
+    return {name: torch.cat(parts) for name, parts in out.items()}
+
+
+def evaluate(
+    subject: PackedModel,
+    reference: PackedModel,
+    windows: list[Tensor],
+    *,
+    tasks: tuple[str, ...] = TASKS,
+    chunk: int = CHUNK,
+    dump: Path | None = None,
+    step: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Measure a subject against a reference on windows of equal length.
+
+    Parameters
+    ----------
+    subject, reference
+        What is measured, and against what.
+    windows
+        [tokens] int64 each.
+    tasks
+        Any of ``ppl``, ``kl``, ``flips``.
+    chunk
+        Tokens of one forward pass.
+    dump
+        Safetensors file for the log-probabilities: ``reference`` and ``quantized`` [windows, scored, vocabulary] and
+        ``targets`` [windows, scored].
+    step
+        Called once a window and side.
+
+    Returns
+    -------
+    dict
+        ``effective_bits`` at the evaluated length (the larger of the plan's and the measured), ``measured_bytes``, and
+        ``ppl``, ``kl``, ``flips`` as asked.
+
+    Raises
+    ------
+    InputError
+        If there is no window, or the two models do not share a vocabulary.
+    BudgetError
+        If the dump would not fit in memory.
+    """
+    if not windows:
+        raise InputError("there is no window to evaluate.")
+    tokens = len(windows[0])
+    scored = tokens - tokens // 2
+    vocabulary = reference.loaded.model.config.vocab_size
+    if vocabulary != subject.loaded.model.config.vocab_size:
+        raise InputError("the artifact and the reference model have different vocabularies.")
+    if dump is not None:
+        check_dump(len(windows) * scored * vocabulary * 8)
+    found: list[dict[str, Tensor]] = []
+    kept: dict[str, list[Tensor]] = {"reference": [], "quantized": [], "targets": []}
+    nbytes = 0
+    for ids in windows:
+        p, _ = reference.log_probs(ids, scored=scored, chunk=chunk)
+        step()
+        q, allocated = subject.log_probs(ids, scored=scored, chunk=chunk)
+        step()
+        nbytes = max(nbytes, allocated, subject.plan.bytes_at(tokens))
+        found.append(compare(p, q, ids[-scored:]))
+        if dump is not None:
+            for name, x in (("reference", p), ("quantized", q), ("targets", ids[-scored:])):
+                kept[name].append(x)
+    if dump is not None:
+        save_file({name: torch.stack(x).contiguous() for name, x in kept.items()}, dump)
+    plan = subject.plan
+    bits = max(plan.effective_bits(tokens), 8 * nbytes / (tokens * plan.scalars_per_token))
+    result: dict[str, Any] = {
+        "context": tokens, "windows": len(windows), "scored_tokens": scored * len(windows), "dtype": plan.dtype,
+        "effective_bits": bits, "nominal_bits": plan.nominal_bits,
+        "effective_bits_with_model": bits + plan.effective_bits_with_model(tokens) - plan.effective_bits(tokens),
+        "measured_bytes": nbytes, "reference_bytes": plan.as_exact().bytes_at(tokens),
+        "reference_cache": plan.exact_dtype,
+    }  # fmt: skip
+    merged = {name: torch.cat([f[name] for f in found]) for name in found[0]}
+    return result | {task: summarize(task, merged) for task in tasks}
+
+
+def summarize(task: str, found: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return one task's figures from :func:`compare`'s per-token measures."""
+    if task == "ppl":
+        value, reference = (math.exp(float(found[x].mean())) for x in ("nll", "nll_reference"))
+        return {"value": value, "reference": reference, "delta_pct": 100 * (value / reference - 1)}
+    if task == "kl":
+        p99, p999 = np.percentile(found["kl"].numpy(), (99, 99.9))
+        return {"mean": float(found["kl"].mean()), "p99": float(p99), "p999": float(p999)}
+    return {"rate": float(found["flip"].double().mean())}
+
+
+def check_dump(size: int) -> None:
+    """Raise :class:`BudgetError` unless ``size`` bytes of log-probabilities fit into free memory, twice over."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if 2 * size > free:
+        raise BudgetError(f"--dump needs {2 * size / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free: lower --limit.")
