@@ -1,1 +1,1 @@
-"""Recipes, presets and small corpora: data that ``importlib.resources`` finds, and no code."""
+"""Recipes, presets and small corpora: data that ``importlib.resources`` finds, and the script that makes some."""

@@ -83,6 +83,10 @@ class LayerPlan:
         """Cached scalars one token costs in this layer."""
         return 2 * self.num_kv_heads * self.head_dim
 
+    def with_format(self, which: Literal["k", "v"], fmt: KVFormat) -> LayerPlan:
+        """Return the layer with another format for its keys or its values."""
+        return replace(self, k=fmt) if which == "k" else replace(self, v=fmt)
+
     def layout(self, block_size: int) -> PageLayout:
         """Return the layout of this layer's pages."""
         return PageLayout(self.k, self.v, self.head_dim, block_size)
@@ -198,7 +202,11 @@ class CachePlan:
     def layer_bytes_at(self, layer: int, context: int) -> int:
         """Every byte one layer holds for one sequence of ``context`` tokens."""
         plan = self.layers[layer]
-        beside = (self.sinks(layer) + self.tail(layer)) * plan.scalars_per_token * (4 if self.exact_dtype == "float32" else 2)
+        beside = (
+            (self.sinks(layer) + self.tail(layer))
+            * plan.scalars_per_token
+            * (4 if self.exact_dtype == "float32" else 2)
+        )
         return self.num_pages(layer, context) * plan.page_bytes(self.block_size) + beside
 
     def bytes_at(self, context: int) -> int:
@@ -243,6 +251,10 @@ class CachePlan:
             for x in self.layers
         )
         return CachePlan(plain, block_size=self.block_size, dtype=self.dtype)
+
+    def with_layer(self, index: int, layer: LayerPlan) -> CachePlan:
+        """Return the plan with one layer replaced."""
+        return replace(self, layers=(*self.layers[:index], layer, *self.layers[index + 1 :]))
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON."""

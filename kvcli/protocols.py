@@ -283,7 +283,10 @@ class WeightMethod(Plugin, Protocol):
 
 @runtime_checkable
 class Stage(Plugin, Protocol):
-    """One calibration step: reads the context, returns its result, and touches nothing else.
+    """One calibration step: reads earlier results, returns its own, and touches nothing else.
+
+    :class:`kvcli.calibration.stages.Stages` runs it, hashes its name, settings and inputs, and keeps the result under
+    that hash, so that a rerun resumes.
 
     Attributes
     ----------
@@ -293,12 +296,12 @@ class Stage(Plugin, Protocol):
 
     inputs: Sequence[str]
 
-    def digest(self, context: Mapping[str, Any]) -> str:
-        """Return the content hash of the inputs and of the stage's own settings; an equal hash resumes."""
+    def settings(self) -> Mapping[str, Any]:
+        """Return all that the result depends on beside the inputs, as plain JSON."""
         ...
 
-    def run(self, context: Mapping[str, Any]) -> Any:
-        """Compute the result from the inputs in ``context``."""
+    def run(self, results: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Compute tensors by name, or plain JSON, from the inputs in ``results``."""
         ...
 
 

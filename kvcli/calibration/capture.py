@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,13 +72,14 @@ def run_layers(model: PreTrainedModel, hidden: Tensor, cache: Cache, start: int)
     """Run decoder layers from ``start`` on, from their input [batch, tokens, hidden_size], and the final norm."""
     for layer in range(start, len(model.model.layers)):
         hidden = run_layer(model, hidden, cache, layer)
-    return model.model.norm(hidden)
+    out: Tensor = model.model.norm(hidden)
+    return out
 
 
 def run_layer(model: PreTrainedModel, hidden: Tensor, cache: Cache, index: int) -> Tensor:
     """Run one decoder layer on a pass that starts at position 0."""
     positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    out: Any = model.model.layers[index](
+    out: Tensor = model.model.layers[index](
         hidden,
         attention_mask=None,
         position_ids=positions,

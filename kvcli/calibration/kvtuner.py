@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from kvcli.calibration import knapsack
 from kvcli.calibration.capture import Attention, layer_inputs, plain_cache, run_layers
@@ -125,9 +126,8 @@ def output_errors(
     scores = torch.einsum("bhgtd,bhsd->bhgts", query, key) * attention.scaling
 
     def layer_with(fmt: KVFormat) -> PackedLayer:
-        layers = list(plan.layers)
-        layers[index] = replace(layers[index], **{which: fmt})
-        return PackedLayer(replace(plan, layers=tuple(layers)), index, rope=rope, tensors=tensors, device=key.device)
+        changed = plan.with_layer(index, plan.layers[index].with_format(which, fmt))
+        return PackedLayer(changed, index, rope=rope, tensors=tensors, device=key.device)
 
     probe = layer_with(formats[0])
     packed = visible(positions, queries, probe, "packed")
@@ -192,11 +192,15 @@ class Probe:
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities of the scored half from the final norm's output."""
-        return self.model.lm_head(hidden[:, hidden.shape[1] // 2 :]).float().log_softmax(-1)
+        logits: Tensor = self.model.lm_head(hidden[:, hidden.shape[1] // 2 :])
+        return logits.float().log_softmax(-1)
 
     def reference(self, plan: CachePlan) -> Tensor:
         """Log-probabilities of the exact model."""
-        return self.log_probs(run_layers(self.model, self.model.model.embed_tokens(self.ids), plain_cache(plan), 0))
+        return self.log_probs(self._run(plain_cache(plan)))
+
+    def _run(self, cache: Cache) -> Tensor:
+        return run_layers(self.model, self.model.model.embed_tokens(self.ids), cache, 0)
 
     def kl_of_layer(self, plan: CachePlan, index: int, hidden: Tensor, reference: Tensor) -> float:
         """KL when one layer alone is stored as ``plan`` says; ``hidden`` is that layer's input."""
@@ -211,7 +215,7 @@ class Probe:
         """KL of a whole plan."""
         batch, tokens = self.ids.shape
         cache = PackedCache(plan, batch_size=batch, capacity=tokens, rope=self.rope, tensors=self.tensors)
-        return mean_kl(reference, self.log_probs(run_layers(self.model, self.model.model.embed_tokens(self.ids), cache, 0)))
+        return mean_kl(reference, self.log_probs(self._run(cache)))
 
 
 def measure_layers(
@@ -239,9 +243,7 @@ def measure_layers(
             )
             points = {}
             for a in anchors(candidates):
-                layers = list(plain.layers)
-                layers[i] = replace(layers[i], **{which: candidates[a]})
-                plan = replace(plain, layers=tuple(layers), block_size=block)
+                plan = replace(plain, block_size=block).with_layer(i, plain.layers[i].with_format(which, candidates[a]))
                 points[a] = probe.kl_of_layer(plan, i, hidden, reference)
                 measured[which][str(candidates[a])].append(points[a])
             error[which].append(errors)
@@ -287,10 +289,7 @@ def solve_setting(found: Sensitivity, setting: Setting, bits: float, context: in
     """Return the best plan under one setting, or None if even the smallest exceeds the budget."""
     space, geometry = found.space, found.geometry
     pairs = [
-        (a, b)
-        for a, k in enumerate(space.k)
-        for b, v in enumerate(space.v)
-        if _fits(k, setting) and _fits(v, setting)
+        (a, b) for a, k in enumerate(space.k) for b, v in enumerate(space.v) if _fits(k, setting) and _fits(v, setting)
     ]
     if not pairs:
         return None
@@ -353,7 +352,9 @@ def solve(found: Sensitivity, bits: float, context: int, *, nominal: bool = Fals
     if not solutions:
         least = least_bits(found, context, nominal)
         kind = "nominal" if nominal else "effective"
-        raise BudgetError(f"{bits:g} {kind} bits at {context} tokens cannot be met; the least reachable is {least:.3f}.")
+        raise BudgetError(
+            f"{bits:g} {kind} bits at {context} tokens cannot be met; the least reachable is {least:.3f}."
+        )
     return sorted(solutions, key=lambda s: s.predicted_kl)
 
 

@@ -101,9 +101,7 @@ def search_space(recipe: str, geometry: list[LayerPlan]) -> SearchSpace:
 def exact_layers(loaded: LoadedModel) -> list[LayerPlan]:
     """Return the model's layers in exact formats."""
     exact = KVFormat.exact()
-    return [
-        LayerPlan(g.num_kv_heads, g.head_dim, exact, exact, kind=g.kind, window=g.window) for g in loaded.geometry
-    ]
+    return [LayerPlan(g.num_kv_heads, g.head_dim, exact, exact, kind=g.kind, window=g.window) for g in loaded.geometry]
 
 
 def moments(loaded: LoadedModel, plan: CachePlan, ids: Tensor, step: Callable[[], None]) -> dict[str, Tensor]:
@@ -177,11 +175,13 @@ def calibrate(
         )  # fmt: skip
     inputs = [x["name"] for x in stages.record]
     layers_probe = Probe(loaded.model, ids[:PROBE_WINDOWS, :PROBE_TOKENS], loaded.rope, tensors)
+
+    def layers(step: Callable[[], None]) -> dict[str, Any]:
+        measured = kvtuner.measure_layers(layers_probe, space, geometry, loaded.dtype, step)
+        return dict(zip(("error", "kl", "measured"), measured, strict=True))
+
     found = stages.run(
-        "sensitivity",
-        lambda step: dict(
-            zip(("error", "kl", "measured"), kvtuner.measure_layers(layers_probe, space, geometry, loaded.dtype, step), strict=True)
-        ),
+        "sensitivity", layers,
         description="sensitivity of each layer", inputs=inputs, steps=len(geometry),
         settings={**source, "space": space.to_json(), "windows": PROBE_WINDOWS, "tokens": PROBE_TOKENS},
     )  # fmt: skip
@@ -265,7 +265,10 @@ def write(loaded: LoadedModel, corpus: Corpus, found: Calibration, out: Path, *,
             "plan": found.plan.to_json(), "context": found.budget.context,
             "budget": {"bits": found.budget.bits, "nominal": found.budget.nominal},
             "stages": found.stages.record,
-            "source": {"model": loaded.source, "sha256": loaded.sha256, "dtype": loaded.dtype, "changed": changed(loaded, writer.path)},
+            "source": {
+                "model": loaded.source, "sha256": loaded.sha256, "dtype": loaded.dtype,
+                "changed": changed(loaded, writer.path),
+            },
             "calibration": {"data": corpus.name, "sha256": corpus.sha256, "tokens": corpus.ids.numel(), "seed": seed},
         })  # fmt: skip
     found.stages.discard()

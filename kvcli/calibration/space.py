@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -44,7 +44,7 @@ class SearchSpace:
     block_sizes: tuple[int, ...] = (16,)
     sink_tokens: tuple[int, ...] = (0,)
     residual_windows: tuple[int, ...] = (0,)
-    rope: str = "after"
+    rope: Literal["before", "after"] = "after"
     transform: str = "none"
     center: bool = False
 
@@ -63,7 +63,7 @@ class SearchSpace:
         return LayerPlan(
             geometry.num_kv_heads, geometry.head_dim, k, v, kind=geometry.kind, window=geometry.window,
             rope=self.rope, transform=self.transform, center=self.center,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     def plan(self, layers: list[LayerPlan], setting: Setting, dtype: str) -> CachePlan:
         """Return the cache plan of these layers under one setting."""
@@ -95,7 +95,7 @@ class SearchSpace:
 
     @classmethod
     def from_json(cls, obj: dict[str, Any]) -> SearchSpace:
-        """Rebuild a space from :meth:`to_json`; lists under ``k`` and ``v`` may also use lists inside, as recipes do."""
+        """Rebuild a space from :meth:`to_json`, or from a recipe, whose formats may list several values of a field."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(obj) - known):
             raise InputError(f"a search space has no {unknown[0]!r}; it has {', '.join(sorted(known))}.")

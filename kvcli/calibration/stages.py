@@ -1,8 +1,8 @@
 """Running calibration stages so that finished ones are never run twice.
 
-A stage is a function with a name, settings and inputs. Its digest is the hash of all three (inputs by their digests), and
-its result is kept in a file of that digest until the artifact is written: a rerun after an interruption takes it from
-there, and any change of model, data or settings misses it.
+A stage is a function with a name, settings and inputs. Its digest is the hash of all three (inputs by their digests),
+and its result is kept in a file of that digest until the artifact is written: a rerun after an interruption takes it
+from there, and any change of model, data or settings misses it.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def _read_builtin(name: str) -> str:
 
 def _read_file(path: Path) -> str:
     if not path.exists():
-        raise InputError(f"{path} is not a file, nor one of builtin, builtin:NAME, hub:NAME, self or - .")
+        raise InputError(f"{path} is not a file, and not builtin, builtin:NAME, hub:NAME, self or '-'.")
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data

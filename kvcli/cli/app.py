@@ -10,7 +10,6 @@ import inspect
 import re
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -58,9 +57,8 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     for name, module in COMMANDS.items():
-        if find_spec(f"kvcli.cli.{module}"):
-            function: Callable[..., Any] = getattr(import_module(f"kvcli.cli.{module}"), module)
-            app.command(name, help=_help(function))(function)
+        function: Callable[..., Any] = getattr(import_module(f"kvcli.cli.{module}"), module)
+        app.command(name, help=_help(function))(function)
     return app
 
 

@@ -20,15 +20,27 @@ def calibrate(
     out: Annotated[Path, option("--out", "-o", help="Folder of the artifact.")],
     context: Annotated[
         int,
-        option("--context", min=0, help="Tokens of one sequence at which bits are counted.", show_default="model's, at most 8192"),
+        option(
+            "--context",
+            min=0,
+            help="Tokens of one sequence at which bits are counted.",
+            show_default="model's, at most 8192",
+        ),
     ] = 0,
-    nominal: Annotated[bool, option("--nominal", help="Make --bits a ceiling on nominal bits, as papers count.")] = False,
+    nominal: Annotated[
+        bool, option("--nominal", help="Make --bits a ceiling on nominal bits, as papers count.")
+    ] = False,
     data: Annotated[
         str,
-        option("--data", help="Calibration text: builtin, builtin:NAME, a .txt or .jsonl file, '-' for stdin, self, hub:NAME; several with commas."),
+        option(
+            "--data",
+            help="Calibration text: builtin[:NAME], a .txt or .jsonl file, - (stdin), self or hub:NAME; commas mix several.",
+        ),
     ] = "builtin",
     tokens: Annotated[int, option("--tokens", min=2, help="Tokens of calibration text.")] = 8192,
-    recipe: Annotated[str, option("--recipe", help="A shipped recipe, a YAML file, or a quantizer plug-in.")] = "balanced",
+    recipe: Annotated[
+        str, option("--recipe", help="A shipped recipe, a YAML file, or a quantizer plug-in.")
+    ] = "balanced",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
         option("--dtype", help="Dtype the model computes in; auto is the checkpoint's own, and float32 for .gguf."),
@@ -94,7 +106,8 @@ def calibrate(
 def _say_plan(loaded: Any, budget: Any, space: Any, recipe: str, data: str, tokens: int, json: bool) -> None:
     facts = {
         "model": loaded.source, "dtype": loaded.dtype, "num_layers": len(loaded.geometry),
-        "bits": budget.bits, "nominal": budget.nominal, "context": budget.context, "recipe": recipe, "data": data, "tokens": tokens,
+        "bits": budget.bits, "nominal": budget.nominal, "context": budget.context,
+        "recipe": recipe, "data": data, "tokens": tokens,
         "formats": {"k": [str(f) for f in space.k], "v": [str(f) for f in space.v]},
         "settings": len(list(space.settings())),
     }  # fmt: skip
@@ -102,6 +115,7 @@ def _say_plan(loaded: Any, budget: Any, space: Any, recipe: str, data: str, toke
         emit(facts)
         return
     print(f"{facts['model']}: {facts['num_layers']} layers, computing in {facts['dtype']}")
-    print(f"budget {budget.bits:g} {'nominal' if budget.nominal else 'effective'} bits at {budget.context} tokens: can be met")
+    kind = "nominal" if budget.nominal else "effective"
+    print(f"budget {budget.bits:g} {kind} bits at {budget.context} tokens: can be met")
     print(f"recipe {recipe}: {len(space.k)} key and {len(space.v)} value formats under {facts['settings']} settings")
     print(f"calibration text {data}, {tokens} tokens; nothing was written")

@@ -16,17 +16,29 @@ from kvcli.errors import UsageError
 def evaluate(
     artifact: Annotated[Path, typer.Argument(help="Folder of the artifact.")],
     against: Annotated[
-        str, option("--against", help="Model to measure against.", show_default="the artifact's own weights, 16-bit cache")
+        str,
+        option("--against", help="Model to measure against.", show_default="the artifact's own weights, 16-bit cache"),
     ] = "",
     tasks: Annotated[str, option("--tasks", help="Any of ppl, kl, flips, with commas.")] = "ppl,kl,flips",
     data: Annotated[
-        str, option("--data", help="Text to measure on: a .txt or .jsonl file, '-' for stdin, builtin, builtin:NAME, hub:NAME.")
+        str,
+        option(
+            "--data", help="Text to measure on: a .txt or .jsonl file, '-' for stdin, builtin, builtin:NAME, hub:NAME."
+        ),
     ] = "builtin",
     window: Annotated[
-        int, option("--window", min=4, help="Tokens of a window; the second half is scored.", show_default="model's, at most 2048")
+        int,
+        option(
+            "--window",
+            min=0,
+            help="Tokens of a window; the second half is scored.",
+            show_default="model's, at most 2048",
+        ),
     ] = 0,
     limit: Annotated[int, option("--limit", min=0, help="Windows at the most; 0 for all.")] = 4,
-    chunk: Annotated[int, option("--chunk", min=1, help="Tokens of one forward pass; changes speed and memory only.")] = 512,
+    chunk: Annotated[
+        int, option("--chunk", min=1, help="Tokens of one forward pass; changes speed and memory only.")
+    ] = 512,
     dump: Annotated[
         Path | None, option("--dump", help="Write all log-probabilities to this safetensors file, to recompute from.")
     ] = None,
@@ -64,6 +76,8 @@ def evaluate(
             subject.plan.as_exact(), {},
         )  # fmt: skip
     length = window or min(2048, subject.loaded.max_context)
+    if length < 4:
+        raise UsageError(f"--window {length} is too short: 4 tokens at least.")
     if length > subject.loaded.max_context:
         raise UsageError(f"--window {length} exceeds the model's context of {subject.loaded.max_context} tokens.")
     texts = corpora.windows(data, subject.loaded.tokenizer, length, limit=limit or None)
@@ -81,7 +95,8 @@ def evaluate(
 
 def _print(result: dict[str, Any]) -> None:
     ratio = result["reference_bytes"] / result["measured_bytes"]
-    print(f"effective bits {result['effective_bits']:.3f} at {result['context']} tokens, {ratio:.2f} times smaller than 16 bits")
+    bits, context = result["effective_bits"], result["context"]
+    print(f"effective bits {bits:.3f} at {context} tokens, {ratio:.2f} times smaller than 16 bits")
     if "ppl" in result:
         ppl = result["ppl"]
         print(f"perplexity {ppl['value']:.3f} against {ppl['reference']:.3f} ({ppl['delta_pct']:+.2f} %)")

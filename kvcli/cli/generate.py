@@ -19,10 +19,14 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt, or '-' for one prompt a line from stdin.")] = "-",
     max_tokens: Annotated[int, option("--max-tokens", min=1, help="Tokens to generate at the most.")] = 128,
     temperature: Annotated[float, option("--temperature", min=0, help="0 takes the likeliest token every time.")] = 0.0,
-    top_p: Annotated[float, option("--top-p", min=0, max=1, help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    top_p: Annotated[
+        float, option("--top-p", min=0, max=1, help="Sample from the likeliest tokens of this mass.")
+    ] = 1.0,
     top_k: Annotated[int, option("--top-k", min=0, help="Sample from so many of the likeliest tokens; 0 for all.")] = 0,
     chat: Annotated[bool, option("--chat", help="Apply the model's chat template to each prompt.")] = False,
-    exact: Annotated[bool, option("--exact", help="Use the 16-bit cache instead of the packed one, to compare.")] = False,
+    exact: Annotated[
+        bool, option("--exact", help="Use the 16-bit cache instead of the packed one, to compare.")
+    ] = False,
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
     trust_remote_code: TrustRemoteCode = False,

@@ -15,7 +15,8 @@ from kvcli.cli.shared import open_with_progress, plan_summary, show_plan, size
 def inspect(
     artifact: Annotated[Path, typer.Argument(help="Folder of the artifact.")],
     context: Annotated[
-        int, option("--context", min=0, help="Tokens of one sequence at which bits are counted.", show_default="artifact's")
+        int,
+        option("--context", min=0, help="Tokens of one sequence at which bits are counted.", show_default="artifact's"),
     ] = 0,
     no_verify: NoVerify = False,
     json: JsonFlag = False,
@@ -32,7 +33,8 @@ def inspect(
     show_plan(plan, context)
     source, data = manifest["source"], manifest["calibration"]
     print(f"model {source['model']} ({source['dtype']}, sha256 {source['sha256'][:12]}…)")
-    print(f"calibrated on {data['tokens']} tokens of {data['data']}, seed {data['seed']}, kvcli {manifest['kvcli_version']}")
+    seed, version = data["seed"], manifest["kvcli_version"]
+    print(f"calibrated on {data['tokens']} tokens of {data['data']}, seed {seed}, kvcli {version}")
     print()
     bytes_at, exact = summary["bytes_at"], summary["bytes_at_16_bits"]
     table(

@@ -9,8 +9,8 @@ from kvcli.cli.console import progress
 
 if TYPE_CHECKING:
     from kvcli.artifact.reader import Artifact
-    from kvcli.runtime.packed_model import PackedModel
     from kvcli.plan import CachePlan
+    from kvcli.runtime.packed_model import PackedModel
 
 
 def open_with_progress(path: Path, *, verify: bool) -> Artifact:
@@ -30,8 +30,8 @@ def open_with_progress(path: Path, *, verify: bool) -> Artifact:
 
 def load_artifact(path: Path, *, verify: bool, trust_remote_code: bool = False) -> PackedModel:
     """Open an artifact and load its model, ready to run on its packed cache."""
-    from kvcli.runtime.packed_model import PackedModel
     from kvcli.models.loading import load
+    from kvcli.runtime.packed_model import PackedModel
 
     artifact = open_with_progress(path, verify=verify)
     loaded = load(str(path), dtype=artifact.plan.dtype, trust_remote_code=trust_remote_code)

@@ -17,9 +17,12 @@ def solve(
     bits: Annotated[float, option("--bits", help="Ceiling on effective bits per cached value at --context.")],
     out: Annotated[Path, option("--out", "-o", help="Folder of the new artifact.")],
     context: Annotated[
-        int, option("--context", min=0, help="Tokens of one sequence at which bits are counted.", show_default="artifact's")
+        int,
+        option("--context", min=0, help="Tokens of one sequence at which bits are counted.", show_default="artifact's"),
     ] = 0,
-    nominal: Annotated[bool, option("--nominal", help="Make --bits a ceiling on nominal bits, as papers count.")] = False,
+    nominal: Annotated[
+        bool, option("--nominal", help="Make --bits a ceiling on nominal bits, as papers count.")
+    ] = False,
     force: Annotated[bool, option("--force", help="Replace an artifact that is already there.")] = False,
     no_verify: NoVerify = False,
     json: JsonFlag = False,

@@ -144,4 +144,6 @@ def check_dump(size: int) -> None:
 
     free = psutil.virtual_memory().available
     if 2 * size > free:
-        raise BudgetError(f"--dump needs {2 * size / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free: lower --limit.")
+        raise BudgetError(
+            f"--dump needs {2 * size / 2**30:.1f} GiB of memory and {free / 2**30:.1f} are free: lower --limit."
+        )

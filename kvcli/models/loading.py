@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -106,7 +107,8 @@ def load(source: str, *, dtype: str = "auto", trust_remote_code: bool = False, d
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    checkpoint = find(source)
+    with _quiet(keep_bars=sys.stderr.isatty()):  # a download takes long enough to be watched
+        checkpoint = find(source)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         if checkpoint.gguf:
@@ -135,22 +137,23 @@ def copy_source_files(loaded: LoadedModel, folder: Path) -> None:
     and quantization_config. A .gguf file has none, so they are made from what was read from it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads(loaded.model.config.to_json_string())
+    now = json.loads(loaded.model.config.to_json_string())
     if loaded.files[0].suffix == ".gguf":
+        config = now
         loaded.tokenizer.save_pretrained(folder)
         _name_tokenizer_class(folder / "tokenizer_config.json")
         if loaded.model.generation_config is not None:
             loaded.model.generation_config.save_pretrained(folder)
     else:
         origin = loaded.files[0].parent
+        config = read_json(origin / "config.json")
         for file in {x for pattern in _BESIDE for x in origin.glob(pattern) if x.is_file()}:
             shutil.copyfile(file, folder / file.name)
-        now, config = config, read_json(origin / "config.json")
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = now["dtype"]
-        for key in ("tie_word_embeddings", "quantization_config"):
-            config.pop(key, None)
-            if key in now:
-                config[key] = now[key]
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = loaded.dtype
+    config["tie_word_embeddings"] = loaded.model.config.tie_word_embeddings
+    config.pop("quantization_config", None)
+    if "quantization_config" in now:
+        config["quantization_config"] = now["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
@@ -170,19 +173,20 @@ def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Transformers off stderr."""
+def _quiet(*, keep_bars: bool = False) -> Iterator[None]:
+    """Keep Transformers off stderr, but for its progress bars if those are wanted."""
     hf: Any = hf_logging
     verbosity, bar = hf.get_verbosity(), hf.is_progress_bar_enabled()
     hf.set_verbosity(logging.CRITICAL)
-    hf.disable_progress_bar()
+    if not keep_bars:
+        hf.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         hf.set_verbosity(verbosity)
-        if bar:
+        if bar and not keep_bars:
             hf.enable_progress_bar()
 
 

@@ -101,7 +101,7 @@ class KVFormat:
         return head_dim * tokens * self.bits // 8
 
     def num_groups(self, head_dim: int, tokens: int) -> int:
-        """Groups, and so scales, of ``tokens`` tokens of one head."""
+        """Return how many groups, and so scales, ``tokens`` tokens of one head have."""
         return 0 if self.is_exact else head_dim * tokens // self.group
 
     def scale_bytes(self, head_dim: int, tokens: int) -> int:

@@ -59,5 +59,5 @@ class PageLayout:
     @cached_property
     def head_bytes(self) -> int:
         """Bytes of one head's slice, padding included."""
-        end = self.sections["v_zeros"].stop
+        end: int = self.sections["v_zeros"].stop
         return -(-end // ALIGNMENT) * ALIGNMENT

@@ -31,7 +31,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         per_byte = 8 // bits
         lanes = codes.unflatten(-1, (-1, per_byte))
         shifts = torch.arange(per_byte, dtype=torch.uint8, device=codes.device) * bits
-        return (lanes << shifts).sum(-1, dtype=torch.int32).to(torch.uint8)
+        bytes_: Tensor = (lanes << shifts).sum(-1, dtype=torch.int32)
+        return bytes_.to(torch.uint8)
     lanes = codes.unflatten(-1, (-1, 8)).to(torch.int64)
     shifts = torch.arange(8, device=codes.device) * bits
     words = (lanes << shifts).sum(-1)
@@ -46,7 +47,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     mask = (1 << bits) - 1
     if bits in (1, 2, 4):
         shifts = torch.arange(8 // bits, dtype=torch.uint8, device=packed.device) * bits
-        return ((packed.unsqueeze(-1) >> shifts) & mask).flatten(-2)
+        codes: Tensor = (packed.unsqueeze(-1) >> shifts) & mask
+        return codes.flatten(-2)
     lanes = packed.unflatten(-1, (-1, bits)).to(torch.int64)
     words = (lanes << (torch.arange(bits, device=packed.device) * 8)).sum(-1)
     codes = (words.unsqueeze(-1) >> (torch.arange(8, device=packed.device) * bits)) & mask

@@ -69,7 +69,7 @@ def _uniform(x: Tensor, axis: int, fmt: KVFormat) -> tuple[Tensor, Tensor, Tenso
 
 def _nearest(x: Tensor, table: Tensor) -> Tensor:
     borders = (table[1:] + table[:-1]) / 2
-    return torch.bucketize(x, borders.to(x.device))
+    return torch.bucketize(x.contiguous(), borders.to(x.device))
 
 
 def _table(x: Tensor, axis: int, fmt: KVFormat) -> tuple[Tensor, Tensor, None]:
@@ -95,7 +95,8 @@ def dequantize(q: Quantized, fmt: KVFormat) -> Tensor:
     codes, axis = _grouped(q.codes, fmt)
     scale = decode_scales(q.scales, fmt.scale_dtype).unsqueeze(axis)
     if fmt.grid != "uniform":
-        return _ungrouped(grids.levels(fmt.grid, fmt.bits).to(codes.device)[codes.long()] * scale, fmt)
+        points = grids.levels(fmt.grid, fmt.bits).to(codes.device)[codes.long()]
+        return _ungrouped(points * scale, fmt)
     if q.zeros is None:
         return _ungrouped((codes.to(torch.float32) - (2**fmt.bits - 1) / 2) * scale, fmt)
     return _ungrouped(codes.to(torch.float32) * scale + q.zeros.to(torch.float32).unsqueeze(axis), fmt)
@@ -121,7 +122,8 @@ def from_bytes(
     """Undo :func:`to_bytes`: [..., tokens, head_dim], float32, or the exact dtype for exact formats."""
     if fmt.is_exact:
         dtype = torch.float32 if fmt.bits == 32 else exact_dtype
-        return codes.contiguous().view(dtype).unflatten(-1, (-1, head_dim))
+        values: Tensor = codes.contiguous().view(dtype).unflatten(-1, (-1, head_dim))
+        return values
     rows = head_dim // fmt.group if fmt.axis == "token" else head_dim
     scales = scales.contiguous()
     if fmt.scale_dtype == "float16":

@@ -22,14 +22,18 @@ def hadamard(x: Tensor) -> Tensor:
     """
     size = x.shape[-1]
     block = size & -size
-    y = x.reshape(*x.shape[:-1], size // block, block)
+    # channels first, so that every butterfly runs over long contiguous rows
+    y = x.reshape(-1, size).t().contiguous().view(size // block, block, -1)
     stride = 1
     while stride < block:
-        pairs = y.unflatten(-1, (block // (2 * stride), 2, stride))
-        a, b = pairs.unbind(-2)
-        y = torch.stack((a + b, a - b), -2).flatten(-3)
+        pairs = y.view(size // block, block // (2 * stride), 2, stride, -1)
+        out = torch.empty_like(pairs)
+        torch.add(pairs[:, :, 0], pairs[:, :, 1], out=out[:, :, 0])
+        torch.sub(pairs[:, :, 0], pairs[:, :, 1], out=out[:, :, 1])
+        y = out
         stride *= 2
-    return (y * block**-0.5).reshape(x.shape)
+    rotated: Tensor = y.view(size, -1) * float(block) ** -0.5
+    return rotated.t().reshape(x.shape)
 
 
 @cache

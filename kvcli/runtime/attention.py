@@ -86,9 +86,10 @@ def attend(layer: PackedLayer, row: int, query: Tensor, key: Tensor, value: Tens
         exact_from, exact_end = layer.boundary(int(t[0]) + 1) - first_exact, last - first_exact
         exact_from = min(max(0, exact_from), exact_end)
         keys, values, masks = [], [], []
+        near_k, near_v = exact[:, :, exact_from:exact_end]
         for part, slots, k, v in (
             ("packed", packed_slots[:packed_end], packed_k[:, :packed_end], packed_v[:, :packed_end]),
-            ("exact", exact_slots[exact_from:exact_end], exact[0, :, exact_from:exact_end], exact[1, :, exact_from:exact_end]),
+            ("exact", exact_slots[exact_from:exact_end], near_k, near_v),
             ("sinks", sink_slots, sink_k[:, : len(sink_slots)], sink_v[:, : len(sink_slots)]),
         ):  # fmt: skip
             if len(slots):

@@ -99,9 +99,8 @@ class Generator:
         """Return the prompt's tokens, [1, tokens] int64."""
         tokenizer = self.model.loaded.tokenizer
         if self.chat:
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
+            messages = [{"role": "user", "content": prompt}]
+            prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not self.chat).input_ids
         return ids
 
@@ -127,7 +126,8 @@ class Generator:
         chosen: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if s.temperature > 0:
             chosen = {"do_sample": True, "temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k}
-        out = loaded.model.generate(
+        model: Any = loaded.model
+        out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
@@ -140,5 +140,5 @@ class Generator:
         ended = loaded.model.generation_config.eos_token_id
         ends = set(ended if isinstance(ended, list) else [ended])
         stopped = len(out) > 0 and int(out[-1]) in ends
-        text = loaded.tokenizer.decode(out, skip_special_tokens=True)
+        text = str(loaded.tokenizer.decode(out, skip_special_tokens=True))
         return Completion(text, ids.shape[1], len(out), "stop" if stopped else "length", cache.nbytes)

@@ -59,7 +59,7 @@ class PackedCache(Cache):
     @property
     def stores(self) -> list[PackedLayer]:
         """The layers' storage."""
-        return [layer.store for layer in self.layers]
+        return [layer.store for layer in self.layers if isinstance(layer, StoredLayer)]
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +76,7 @@ class AttendingLayer(CacheLayerMixin):
     """A cache layer that computes its own attention: ``update`` only tags the keys with the layer that wants them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen = 0  # columns of the padded batch, as Transformers counts them
         self.is_initialized = True
 
@@ -118,6 +118,7 @@ class StoredLayer(AttendingLayer):
     def attend(
         self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
+        """Append each sequence's new tokens and attend from them; padding gets zeros."""
         if query.shape[0] != len(self.store.lengths):
             raise KvcliError(f"the cache holds {len(self.store.lengths)} sequences and was given {query.shape[0]}.")
         out = torch.zeros_like(query)
@@ -152,9 +153,11 @@ class StoredLayer(AttendingLayer):
         return out[0].transpose(0, 1)
 
     def reset(self) -> None:
+        """Refuse: a packed cache is made for one use."""
         raise KvcliError("a packed cache is not reset; make a new one.")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder sequences for beam search; ``beam_idx`` is [batch]."""
         self.store.reorder(beam_idx.tolist())
 
 
@@ -181,4 +184,4 @@ def packed_attention(
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
-AttentionMaskInterface.register(ATTENTION, flash_attention_mask)  # type: ignore[arg-type]
+AttentionMaskInterface.register(ATTENTION, flash_attention_mask)

@@ -20,7 +20,6 @@ from kvcli.quant import transforms
 from kvcli.quant.format import KVFormat
 from kvcli.quant.quantizer import from_bytes, to_bytes
 
-
 N = TypeVar("N", int, Tensor)
 
 
@@ -241,7 +240,8 @@ class PackedLayer:
 
     def reorder(self, rows: list[int]) -> None:
         """Let sequence i continue what sequence ``rows[i]`` held (beam search); pages are copied, not shared."""
-        pages, tables = [], []
+        pages: list[int] = []
+        tables: list[list[int]] = []
         for row in rows:
             base = len(pages)
             kept = [p for p in self.block_tables[row] if p >= 0]

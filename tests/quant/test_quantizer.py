@@ -170,7 +170,7 @@ def test_small_scales_cost_little(bits: int, symmetric: bool) -> None:
     x = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
     error = {}
     for scale in ("float16", "e5m3"):
-        fmt = KVFormat(bits, symmetric=symmetric, scale_dtype=scale)  # type: ignore[arg-type]
+        fmt = KVFormat(bits, symmetric=symmetric, scale_dtype=scale)
         error[scale] = (dequantize(quantize(x, fmt), fmt) - x).square().mean().item()
     assert error["e5m3"] < 1.25 * error["float16"]
 

@@ -133,7 +133,7 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         variance = hidden_states.square().mean(-1, keepdim=True)
-        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))  # type: ignore[no-any-return]
+        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
 
     for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
         monkeypatch.setattr(norm, "forward", forward)
