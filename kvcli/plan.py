@@ -59,6 +59,8 @@ class LayerPlan:
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.head_dim < 1:
             raise InputError(f"a layer of {self.num_kv_heads} heads of {self.head_dim} channels is empty.")
+        if self.kind not in ("full", "sliding"):
+            raise InputError(f"a layer of kind {self.kind!r} is neither 'full' nor 'sliding'.")
         if (self.kind == "sliding") != (self.window is not None):
             raise InputError("a sliding layer needs a window, and only a sliding layer has one.")
         if self.window is not None and self.window < 1:
@@ -149,14 +151,16 @@ class CachePlan:
     # --- geometry -----------------------------------------------------------------------------------------------
 
     @property
-    def exact_dtype(self) -> str:
-        """Dtype of sinks, window and 16-bit pages: the compute dtype if it has 16 bits, else float16.
+    def page_dtype(self) -> str:
+        """Dtype of 16-bit pages: the compute dtype if it has 16 bits, else float16."""
+        return self.dtype if self.dtype in ("float16", "bfloat16") else "float16"
 
-        Float32 once any layer uses the test format of 32 bits.
-        """
+    @property
+    def exact_dtype(self) -> str:
+        """Dtype of sinks and window: that of 16-bit pages; float32 once any layer uses the test format of 32 bits."""
         if any(32 in (x.k.bits, x.v.bits) for x in self.layers):
             return "float32"
-        return self.dtype if self.dtype in ("float16", "bfloat16") else "float16"
+        return self.page_dtype
 
     def is_portable(self, layer: int) -> bool:
         """Whether layer's tokens go straight into pages, one by one, with nothing beside them."""
@@ -193,9 +197,8 @@ class CachePlan:
             return -(-self.boundary(layer, n) // self.block_size)
         # the last block repeats for ever; a page goes only after the step that stopped seeing it
         steps = range(max(1, n - self.block_size + 1), n + 1)
-        return max(
-            (-(-self.boundary(layer, m) // self.block_size) - self.first_page(layer, m - 1) for m in steps), default=0
-        )
+        held = (-(-self.boundary(layer, m) // self.block_size) - self.first_page(layer, m - 1) for m in steps)
+        return max([0, *held])  # below 0 where the residual window is wider than the sliding one
 
     # --- bits ---------------------------------------------------------------------------------------------------
 
@@ -220,6 +223,8 @@ class CachePlan:
 
     def worst_length(self, context: int) -> int:
         """Return the length among the last block, context - B + 1 … context, that costs most bits per scalar."""
+        if context < 1:
+            raise InputError(f"a context of {context} tokens has no bits to count.")
         lengths = range(max(1, context - self.block_size + 1), context + 1)
         return max(lengths, key=lambda n: (self.bytes_at(n) / n, n))
 

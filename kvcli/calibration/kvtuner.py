@@ -2,8 +2,8 @@
 
 After KVTuner (Li et al., 2025, arXiv:2502.04420): sensitivities are measured layer by layer on captured attention, and
 precision is chosen per layer for keys and values apart. Departures: the loss is the KL divergence of the model's output
-distribution, measured end to end for two anchor formats per layer and tensor and carried over to the other formats by
-their attention output error; losses add up over tensors and layers; and the plan is the exact optimum of that sum under
+distribution, measured end to end for one format per layer and tensor and carried over to the other formats by their
+attention output error; losses add up over tensors and layers; and the plan is the exact optimum of that sum under
 a ceiling on effective bits (a knapsack) instead of a genetic search.
 """
 
@@ -50,7 +50,7 @@ class Sensitivity:
     kl
         ``kl[which][layer][format]``: mean KL in nats a token that this choice alone costs.
     measured
-        ``measured[which][format]``: per layer, the end-to-end measurements that ``kl`` passes through.
+        ``measured[which]``: the format that was measured end to end, and its KL in every layer.
     ratio
         Per setting, what it multiplies the loss by, relative to :data:`BASE`.
     """
@@ -60,7 +60,7 @@ class Sensitivity:
     dtype: str
     error: dict[Which, list[list[float]]]
     kl: dict[Which, list[list[float]]]
-    measured: dict[Which, dict[str, list[float]]]
+    measured: dict[Which, dict[str, Any]]
     ratio: dict[Setting, float]
 
     @classmethod
@@ -102,10 +102,14 @@ class Solution:
 # --- measuring --------------------------------------------------------------------------------------------------
 
 
-def anchors(formats: tuple[KVFormat, ...]) -> list[int]:
-    """Return the formats measured end to end: the first listed of each of the two smallest widths."""
-    widths = sorted({f.bits for f in formats if not f.is_exact})[:2]
-    return [next(i for i, f in enumerate(formats) if f.bits == b) for b in widths]
+def anchor(formats: tuple[KVFormat, ...]) -> int:
+    """Return the format measured end to end: the first listed of the second smallest width, or of the only one.
+
+    Its loss is far above rounding, and yet small enough for the second order to hold.
+    """
+    widths = sorted({f.bits for f in formats})
+    width = widths[min(1, len(widths) - 1)]
+    return next(i for i, f in enumerate(formats) if f.bits == width)
 
 
 def output_errors(
@@ -151,22 +155,12 @@ def output_errors(
     return out
 
 
-def carry_over(error: list[float], points: dict[int, float]) -> list[float]:
-    """Extend KL measured at some formats to all of them by a power law in their output error.
+def carry_over(error: list[float], at: int, kl: float) -> list[float]:
+    """Extend the KL measured at one format to all, in proportion to their squared output error.
 
-    Through two points the exponent is measured (kept within 1/2 and 3); from one it is 1: KL is second order in the
-    perturbation, and so is the squared error. A format's own measurement is kept.
+    KL is of second order in a small perturbation of the output, and so is the squared error.
     """
-    known = [(math.log(max(error[i], 1e-30)), math.log(max(kl, MIN_KL))) for i, kl in points.items()]
-    slope = 1.0
-    if len(known) == 2 and abs(known[0][0] - known[1][0]) > 1e-3:
-        slope = min(3.0, max(0.5, (known[0][1] - known[1][1]) / (known[0][0] - known[1][0])))
-    out = []
-    for i, e in enumerate(error):
-        at = math.log(max(e, 1e-30))
-        x, y = min(known, key=lambda p: abs(p[0] - at))
-        out.append(max(points[i], MIN_KL) if i in points else math.exp(y + slope * (at - x)))
-    return out
+    return [max(kl, MIN_KL) * e / max(error[at], 1e-30) for e in error]
 
 
 def mean_kl(reference: Tensor, log_probs: Tensor) -> float:
@@ -220,36 +214,32 @@ class Probe:
 
 def measure_layers(
     probe: Probe, space: SearchSpace, geometry: list[LayerPlan], dtype: str, step: Callable[[], None] = lambda: None
-) -> tuple[dict[Which, list[list[float]]], dict[Which, list[list[float]]], dict[Which, dict[str, list[float]]]]:
-    """Measure every layer's errors, KL at the anchors, and carry the KL over; see :class:`Sensitivity`.
+) -> dict[str, Any]:
+    """Measure every layer's errors and its KL at one format, and carry the KL over.
 
-    ``step`` is called once a layer.
+    Returns ``error``, ``kl`` and ``measured`` of :class:`Sensitivity`. ``step`` is called once a layer.
     """
     exact = KVFormat.exact()
     plain = space.plan([space.layer(x, exact, exact) for x in geometry], BASE, dtype)
     reference = probe.reference(plain)
     formats: dict[Which, tuple[KVFormat, ...]] = {"k": space.k, "v": space.v}
+    at = {which: anchor(formats[which]) for which in TENSORS}
     error: dict[Which, list[list[float]]] = {"k": [], "v": []}
     kl: dict[Which, list[list[float]]] = {"k": [], "v": []}
-    measured: dict[Which, dict[str, list[float]]] = {
-        which: {str(formats[which][i]): [] for i in anchors(formats[which])} for which in TENSORS
-    }
+    measured: dict[Which, dict[str, Any]] = {w: {"format": formats[w][at[w]].to_json(), "kl": []} for w in TENSORS}
     for i, hidden, attention in layer_inputs(probe.model, plain, probe.ids):
         for which in TENSORS:
             candidates = formats[which]
             block = max([BASE.block_size, *(f.group for f in candidates if f.axis == "channel" and not f.is_exact)])
-            errors = output_errors(
-                attention, replace(plain, block_size=block), i, which, candidates, probe.rope, probe.tensors
-            )
-            points = {}
-            for a in anchors(candidates):
-                plan = replace(plain, block_size=block).with_layer(i, plain.layers[i].with_format(which, candidates[a]))
-                points[a] = probe.kl_of_layer(plan, i, hidden, reference)
-                measured[which][str(candidates[a])].append(points[a])
+            base = replace(plain, block_size=block)
+            errors = output_errors(attention, base, i, which, candidates, probe.rope, probe.tensors)
+            plan = base.with_layer(i, plain.layers[i].with_format(which, candidates[at[which]]))
+            found = probe.kl_of_layer(plan, i, hidden, reference)
+            measured[which]["kl"].append(found)
             error[which].append(errors)
-            kl[which].append(carry_over(errors, points))
+            kl[which].append(carry_over(errors, at[which], found))
         step()
-    return error, kl, measured
+    return {"error": error, "kl": kl, "measured": measured}
 
 
 def measure_settings(
@@ -258,10 +248,9 @@ def measure_settings(
     """Measure how sinks, window and page size change the loss of a uniform plan, relative to :data:`BASE`.
 
     Sinks are taken to act independently of the exact tail (window and page), so each is measured with the other at its
-    base. The uniform plan stores everything in the second anchor format. ``step`` is called once a measurement.
+    base. The uniform plan stores everything in the formats measured end to end. ``step`` is called once a measurement.
     """
-    choose = [f[anchors(f)[-1]] if anchors(f) else f[0] for f in (space.k, space.v)]
-    layers = [space.layer(x, *choose) for x in geometry]
+    layers = [space.layer(x, space.k[anchor(space.k)], space.v[anchor(space.v)]) for x in geometry]
     reference = probe.reference(space.plan(layers, BASE, dtype))
     known: dict[Setting, float] = {}
 

@@ -27,7 +27,7 @@ from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
 from kvcli.runtime.packed_cache import ATTENTION
 
-PROBE_TOKENS = 512  # per window when layers are compared; settings and plans are measured on whole windows
+PROBE_TOKENS = 384  # per window when layers are compared; settings and plans are measured on whole windows
 PROBE_WINDOWS = 2
 VERIFIED = 3  # plans measured end to end before one is chosen
 CURVE = tuple(x / 4 for x in range(8, 33))  # budgets of the predicted Pareto curve: 2 … 8 bits
@@ -175,13 +175,8 @@ def calibrate(
         )  # fmt: skip
     inputs = [x["name"] for x in stages.record]
     layers_probe = Probe(loaded.model, ids[:PROBE_WINDOWS, :PROBE_TOKENS], loaded.rope, tensors)
-
-    def layers(step: Callable[[], None]) -> dict[str, Any]:
-        measured = kvtuner.measure_layers(layers_probe, space, geometry, loaded.dtype, step)
-        return dict(zip(("error", "kl", "measured"), measured, strict=True))
-
     found = stages.run(
-        "sensitivity", layers,
+        "sensitivity", lambda step: kvtuner.measure_layers(layers_probe, space, geometry, loaded.dtype, step),
         description="sensitivity of each layer", inputs=inputs, steps=len(geometry),
         settings={**source, "space": space.to_json(), "windows": PROBE_WINDOWS, "tokens": PROBE_TOKENS},
     )  # fmt: skip

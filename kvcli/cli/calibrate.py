@@ -34,10 +34,10 @@ def calibrate(
         str,
         option(
             "--data",
-            help="Calibration text: builtin[:NAME], a .txt or .jsonl file, - (stdin), self or hub:NAME; commas mix several.",
+            help="Calibration text: builtin[:NAME], a .txt or .jsonl file, - (stdin), self or hub:NAME; commas mix.",
         ),
     ] = "builtin",
-    tokens: Annotated[int, option("--tokens", min=2, help="Tokens of calibration text.")] = 8192,
+    tokens: Annotated[int, option("--tokens", min=2, help="Tokens of calibration text.")] = 6144,
     recipe: Annotated[
         str, option("--recipe", help="A shipped recipe, a YAML file, or a quantizer plug-in.")
     ] = "balanced",

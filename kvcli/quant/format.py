@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from kvcli.errors import InputError
+from kvcli.quant import grids
 
 Axis = Literal["token", "channel"]
 ScaleDtype = Literal["float16", "e5m3"]
@@ -55,6 +56,9 @@ class KVFormat:
             raise InputError(f"group {self.group} is not positive.")
         if self.grid != "uniform" and not self.symmetric:
             raise InputError(f"grid {self.grid!r} is a table, and tables are symmetric.")
+        if self.is_exact:  # the other fields mean nothing, are not written, and must not tell two plans apart
+            for field in fields(self)[1:]:
+                object.__setattr__(self, field.name, field.default)
 
     @classmethod
     def exact(cls, bits: int = 16) -> KVFormat:
@@ -95,6 +99,8 @@ class KVFormat:
             raise InputError(f"group {self.group} does not divide block_size {block_size}.")
         if head_dim * self.bits % 8:
             raise InputError(f"a head of {head_dim} values of {self.bits} bits is not a whole number of bytes.")
+        if self.grid != "uniform":
+            grids.positive_levels(self.grid, self.bits)
 
     def code_bytes(self, head_dim: int, tokens: int) -> int:
         """Bytes of the codes of ``tokens`` tokens of one head."""

@@ -8,11 +8,12 @@ normal, which is what makes it pay.
 from __future__ import annotations
 
 from functools import cache
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from kvcli.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Positive halves; the grids are symmetric. Recomputed from the fixed point in tests/quant/test_grids.py.
 _POSITIVE: dict[str, dict[int, tuple[float, ...]]] = {
@@ -29,17 +30,25 @@ _POSITIVE: dict[str, dict[int, tuple[float, ...]]] = {
 
 
 def register(name: str, bits: int, positive: tuple[float, ...]) -> None:
-    """Add a symmetric table of ``2**bits`` levels under ``name``, given its positive half in rising order."""
-    if len(positive) * 2 != 2**bits or list(positive) != sorted(positive) or positive[0] <= 0:
+    """Add a symmetric table of ``2**bits`` levels for a variable of variance 1, given its positive half, rising."""
+    if len(positive) * 2 != 2**bits or list(positive) != sorted(set(positive)) or positive[0] <= 0:
         raise InputError(f"grid {name!r} of {bits} bits needs {2**bits // 2} positive levels in rising order.")
-    _POSITIVE.setdefault(name, {})[bits] = positive
+    if _POSITIVE.setdefault(name, {}).setdefault(bits, positive) != positive:
+        raise InputError(f"there is another grid {name!r} of {bits} bits already.")
+
+
+def positive_levels(name: str, bits: int) -> tuple[float, ...]:
+    """Return the positive half of a table in rising order; raise :class:`InputError` if there is none."""
+    try:
+        return _POSITIVE[name][bits]
+    except KeyError:
+        raise InputError(f"there is no grid {name!r} of {bits} bits.") from None
 
 
 @cache
 def levels(name: str, bits: int) -> Tensor:
     """Return the 2**bits levels of a table in rising order, float32."""
-    try:
-        positive = _POSITIVE[name][bits]
-    except KeyError:
-        raise InputError(f"there is no grid {name!r} of {bits} bits.") from None
+    import torch  # formats are checked where torch is not loaded
+
+    positive = positive_levels(name, bits)
     return torch.tensor([-x for x in reversed(positive)] + list(positive), dtype=torch.float32)

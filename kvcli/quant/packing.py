@@ -16,7 +16,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Parameters
     ----------
     codes
-        [..., n] uint8, each below ``2**bits``; ``n * bits`` a multiple of 8.
+        [..., n] uint8, each below ``2**bits``; n a multiple of 8 (for 1, 2, 4 and 8 bits, ``n * bits`` is enough).
     bits
         1 … 8.
 

@@ -55,14 +55,15 @@ def _inverse(scale: Tensor) -> Tensor:
 
 def _uniform(x: Tensor, axis: int, fmt: KVFormat) -> tuple[Tensor, Tensor, Tensor | None]:
     top = 2**fmt.bits - 1
+    up = fmt.bits == 8
     if fmt.symmetric:  # mid-rise: levels at ±s/2, ±3s/2, …, so that two bits are four useful levels
-        stored = encode_scales(x.abs().amax(axis, keepdim=True) * (2.0 / top), fmt.scale_dtype)
+        stored = encode_scales(x.abs().amax(axis, keepdim=True) * (2.0 / top), fmt.scale_dtype, up=up)
         codes = torch.round(x * _inverse(decode_scales(stored, fmt.scale_dtype)) + top / 2)
         return codes.clamp(0, top).to(torch.uint8), stored, None
     low = x.amin(axis, keepdim=True)
     zeros = low.clamp(-65504.0, 65504.0).to(torch.float16)
     span = x.amax(axis, keepdim=True) - zeros.to(torch.float32)
-    stored = encode_scales(span.clamp(min=0) / top, fmt.scale_dtype)
+    stored = encode_scales(span.clamp(min=0) / top, fmt.scale_dtype, up=up)
     codes = torch.round((x - zeros.to(torch.float32)) * _inverse(decode_scales(stored, fmt.scale_dtype)))
     return codes.clamp(0, top).to(torch.uint8), stored, zeros
 

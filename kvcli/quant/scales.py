@@ -17,18 +17,20 @@ _E5M3_MAX = 61440.0  # 0b11110_111: the largest finite value with three mantissa
 _FLOAT16_MIN = 2.0**-24
 
 
-def encode_scales(scales: Tensor, dtype: ScaleDtype) -> Tensor:
+def encode_scales(scales: Tensor, dtype: ScaleDtype, *, up: bool = False) -> Tensor:
     """Round non-negative float32 scales [...] to storage: float16 [...], or uint8 [...] for e5m3.
 
     Scales saturate at the largest finite value. A positive scale never becomes zero, so a group that has content keeps
-    some.
+    some. e5m3 is reached through float16; ``up`` rounds it up, for codes so fine that a scale cut short would clip the
+    largest values by many steps.
     """
     if dtype == "float16":
         return torch.where(scales > 0, scales.clamp(_FLOAT16_MIN, _FLOAT16_MAX), scales).to(torch.float16)
     bits = scales.clamp(max=_E5M3_MAX).to(torch.float16).view(torch.int16).to(torch.int32)
     half = 1 << (_E5M3_SHIFT - 1)
     odd = (bits >> _E5M3_SHIFT) & 1
-    rounded = (bits + (half - 1) + odd) >> _E5M3_SHIFT  # round half to even on the kept bits
+    add = 2 * half - 1 if up else half - 1 + odd  # else round half to even on the kept bits
+    rounded = (bits + add) >> _E5M3_SHIFT
     return torch.where(scales > 0, rounded.clamp(min=1), rounded).to(torch.uint8)
 
 

@@ -7,6 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kvcli.errors import InputError
+
 
 def hadamard(x: Tensor) -> Tensor:
     """Multiply the last axis by the orthonormal Hadamard matrix of Sylvester's construction.
@@ -44,9 +46,11 @@ def hadamard_matrix(size: int) -> Tensor:
 
 def apply(name: str, x: Tensor) -> Tensor:
     """Apply a transform by name to [..., head_dim]."""
+    if name not in ("none", "hadamard"):
+        raise InputError(f"there is no transform {name!r}.")
     return hadamard(x) if name == "hadamard" else x
 
 
 def invert(name: str, x: Tensor) -> Tensor:
     """Undo :func:`apply`."""
-    return hadamard(x) if name == "hadamard" else x
+    return apply(name, x)  # each is its own inverse

@@ -136,16 +136,18 @@ class StoredLayer(AttendingLayer):
         self, module: torch.nn.Module, row: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
         """Attend from exact pages through Transformers' own SDPA call, so that logits match it bit for bit."""
-        store, new = self.store, query.shape[1]
+        store, old, new = self.store, self.store.lengths[row], query.shape[1]
         store.append(row, store.exact(row, key, value))
         k, v, first = store.read(row)
-        k, v = k.to(query.dtype)[None], v.to(query.dtype)[None]
-        t = torch.arange(store.lengths[row] - new, store.lengths[row], device=query.device)[:, None]
-        s = torch.arange(first, first + k.shape[2], device=query.device)[None]
         window = store.plan.window
-        hidden = window is not None and k.shape[2] > window
-        mask = None
-        if hidden or 1 < new < k.shape[2]:
+        if window is not None:  # Transformers keeps window - 1 past tokens; with more keys, sums would round otherwise
+            begin = max(first, old - window + 1)
+            k, v, first = k[:, begin - first :], v[:, begin - first :], begin
+        k, v = k.to(query.dtype)[None], v.to(query.dtype)[None]
+        t = torch.arange(old, old + new, device=query.device)[:, None]
+        s = torch.arange(first, old + new, device=query.device)[None]
+        mask = None  # wherever Transformers has none
+        if 1 < new < k.shape[2] or (window is not None and k.shape[2] >= window):
             mask = (s <= t) & ((s > t - window) if window is not None else True)
             mask = mask[None, None]
         out, _ = sdpa_attention_forward(module, query[None], k, v, mask, scaling=scaling)
@@ -156,9 +158,21 @@ class StoredLayer(AttendingLayer):
         """Refuse: a packed cache is made for one use."""
         raise KvcliError("a packed cache is not reset; make a new one.")
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: what was packed is no longer exact, so no token can be taken back."""
+        raise KvcliError("a packed cache takes no tokens back, so it cannot serve assisted decoding.")
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder sequences for beam search; ``beam_idx`` is [batch]."""
         self.store.reorder(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences; ``indices`` is [new batch]."""
+        self.store.reorder(torch.arange(len(self.store.lengths))[indices.cpu()].tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence, copies side by side."""
+        self.store.reorder([row for row in range(len(self.store.lengths)) for _ in range(repeats)])
 
 
 def packed_attention(

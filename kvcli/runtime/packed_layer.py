@@ -38,7 +38,10 @@ class Codec:
 
     def __init__(self, plan: CachePlan, index: int, rope: Rope | None, tensors: Mapping[str, Tensor]) -> None:
         self.plan = plan.layers[index]
+        if self.plan.predictor is not None:
+            raise InputError(f"layer {index} needs predictor {self.plan.predictor!r}, which this cache does not have.")
         self.exact_dtype: torch.dtype = getattr(torch, plan.exact_dtype)
+        self.page_dtype: torch.dtype = getattr(torch, plan.page_dtype)
         self.rope = rope
         self.means: dict[str, Tensor] = {}
         if self.plan.center:
@@ -60,12 +63,12 @@ class Codec:
             x = x.to(torch.float32)
             x = self._to_stored(which, x, positions)
             x = transforms.apply(self._transform(fmt), x)
-        return to_bytes(x, fmt, self.exact_dtype)
+        return to_bytes(x, fmt, self.page_dtype)
 
     def decode(self, which: str, sections: tuple[Tensor, Tensor, Tensor], positions: Tensor) -> Tensor:
         """Undo :meth:`encode`: [..., num_kv_heads, tokens, head_dim], float32, or the exact dtype if exact."""
         fmt: KVFormat = getattr(self.plan, which)
-        x = from_bytes(*sections, fmt, self.exact_dtype, self.plan.head_dim)
+        x = from_bytes(*sections, fmt, self.page_dtype, self.plan.head_dim)
         if fmt.is_exact:
             return x
         x = transforms.invert(self._transform(fmt), x)
@@ -158,6 +161,7 @@ class PackedLayer:
 
     def append(self, row: int, exact: Tensor) -> None:
         """Pack what leaves the window and keep the rest: ``exact`` is :meth:`exact`'s result for the new tokens."""
+        exact = exact.detach()  # storage keeps no graph alive
         old = self.boundary(self.lengths[row])
         n = old + exact.shape[2]
         new = self.boundary(n)

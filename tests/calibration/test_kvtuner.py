@@ -1,0 +1,409 @@
+"""Sensitivities against brute force and against really running the cache; plans that meet every budget."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from kvcli.calibration import kvtuner
+from kvcli.calibration.capture import Attention, layer_inputs
+from kvcli.calibration.kvtuner import BASE, MIN_KL, Probe, Sensitivity, carry_over, least_bits, solve
+from kvcli.calibration.space import SearchSpace, Setting, load_recipe
+from kvcli.errors import BudgetError
+from kvcli.models.architectures import Rope, geometry
+from kvcli.plan import CachePlan, LayerPlan
+from kvcli.quant.format import KVFormat
+from kvcli.runtime.packed_cache import PackedCache
+from kvcli.runtime.packed_layer import PackedLayer
+
+EXACT = KVFormat.exact()
+WIDTHS = tuple(KVFormat(bits, group=16) for bits in (2, 3, 4, 8))
+SHAPE: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,  # wide, so that attention is not flat
+}
+
+
+def tiny(dtype: torch.dtype, window: int | None = None) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if window:
+        model: PreTrainedModel = MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=window, head_dim=16))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model = model.to(dtype).eval().requires_grad_(False)
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.float()  # as in a loaded checkpoint
+    model.set_attn_implementation("kvcli")
+    return model
+
+
+def exact_layers(model: PreTrainedModel) -> list[LayerPlan]:
+    return [
+        LayerPlan(g.num_kv_heads, g.head_dim, EXACT, EXACT, kind=g.kind, window=g.window)
+        for g in geometry(model.config)
+    ]
+
+
+def means(layers: list[LayerPlan]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        f"layer.{i}.{which}.mean": torch.randn(x.num_kv_heads, x.head_dim, generator=generator) / 4
+        for i, x in enumerate(layers)
+        for which in "kv"
+    }
+
+
+def random_ids(batch: int, tokens: int) -> Tensor:
+    return torch.randint(0, 96, (batch, tokens), generator=torch.Generator().manual_seed(2))
+
+
+def probe_of(model: PreTrainedModel, ids: Tensor) -> Probe:
+    return Probe(model, ids, Rope.from_model(model), means(exact_layers(model)))
+
+
+def space(k: tuple[KVFormat, ...] = WIDTHS, v: tuple[KVFormat, ...] = WIDTHS, **fields: Any) -> SearchSpace:
+    return SearchSpace(k=k, v=v, **fields)
+
+
+# --- carrying measurements over ---------------------------------------------------------------------------------------
+
+errors = st.floats(-18, 2).map(math.exp)
+
+
+@given(st.lists(errors, min_size=1, max_size=8), st.floats(0, 20), st.data())
+def test_carry_over_keeps_what_was_measured(error, kl, data):
+    at = data.draw(st.integers(0, len(error) - 1))
+    carried = carry_over(error, at, kl)
+    assert len(carried) == len(error)
+    assert carried[at] == pytest.approx(max(kl, MIN_KL), rel=1e-12)
+
+
+@given(st.lists(errors, min_size=2, max_size=8), st.floats(0, 20), st.data())
+def test_carry_over_never_lets_a_larger_error_cost_less(error, kl, data):
+    carried = carry_over(error, data.draw(st.integers(0, len(error) - 1)), kl)
+    for (e, x), (f, y) in itertools.combinations(zip(error, carried, strict=True), 2):
+        assert x <= y if e <= f else y <= x
+
+
+def test_carry_over_is_proportional_to_the_squared_error():
+    assert carry_over([0.5, 0.25, 0.05], 0, 0.2) == pytest.approx([0.2, 0.1, 0.02])
+
+
+@pytest.mark.parametrize("error", [[0.1, 0.0], [0.0, 0.0], [0.0]])
+@pytest.mark.parametrize("kl", [0.3, 0.0, -1e-17])
+def test_what_has_no_error_costs_nothing_to_speak_of(error, kl):
+    assert 0 <= carry_over(error, 0, kl)[-1] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("formats", "bits"),
+    [((4, 2, 3, 8), 3), ((2, 2, 8), 8), ((4,), 4), ((16,), 16), ((16, 4), 4), ((16, 2, 4), 4), ((32, 16, 8), 8)],
+)
+def test_the_measured_format_has_the_second_smallest_width_of_those_that_lose_anything(formats, bits):
+    candidates = tuple(KVFormat(x, group=16 * (i + 1)) for i, x in enumerate(formats))
+    assert kvtuner.anchor(candidates) == formats.index(bits)
+
+
+# --- output errors ----------------------------------------------------------------------------------------------------
+
+TREATMENTS: list[dict[str, Any]] = [
+    {},
+    {"rope": "before"},
+    {"transform": "hadamard", "center": True},
+    {"transform": "hadamard", "center": True, "rope": "before"},
+]
+CANDIDATES = (*WIDTHS, KVFormat(3, "channel", group=16, symmetric=False), KVFormat(2, group=16, grid="gaussian"), EXACT)
+
+
+def error_by_hand(seen: Attention, plan: CachePlan, index: int, which: str, rope: Rope, tensors: dict[str, Tensor]):
+    """Store the tokens in a real layer and attend from each query of the second half, one head at a time."""
+    store = PackedLayer(plan, index, rope=rope, tensors=tensors)
+    store.append(0, store.exact(0, seen.key[0], seen.value[0]))
+    packed_k, packed_v, first = store.read(0)
+    tokens, block = seen.key.shape[2], plan.block_size
+    group = seen.query.shape[1] // seen.key.shape[1]
+    wrong = norm = 0.0
+    for t in range(tokens // 2, tokens):
+        boundary = max(0, (t + 1 - plan.residual_window) // block) * block
+        start = max(0, t - store.plan.window + 1) if store.plan.window else 0
+        sinks = 0 if store.plan.window else plan.sink_tokens
+        for head in range(seen.query.shape[1]):
+            exact = [x[0, head // group, start : t + 1].double() for x in (seen.key, seen.value)]
+            stored = [x.clone() for x in exact]
+            for s in range(start, boundary):
+                if s >= sinks:
+                    side = 0 if which == "k" else 1
+                    stored[side][s - start] = (packed_k, packed_v)[side][head // group, s - first].double()
+            outputs = [
+                ((k @ seen.query[0, head, t].double() * seen.scaling).softmax(0) @ v) for k, v in (exact, stored)
+            ]
+            wrong += float((outputs[1] - outputs[0]).square().sum())
+            norm += float(outputs[0].square().sum())
+    return wrong / norm
+
+
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("treatment", TREATMENTS, ids=str)
+def test_output_errors_are_those_of_attention_on_the_stored_tokens(treatment, window):
+    model = tiny(torch.float32, window)
+    layers = [replace(x, **treatment) for x in exact_layers(model)]
+    plan = CachePlan(tuple(layers), block_size=16, sink_tokens=3, residual_window=6, dtype="bfloat16")
+    rope, tensors = Rope.from_model(model), means(layers)
+    index, _, seen = list(layer_inputs(model, plan, random_ids(1, 58)))[1]
+    seen = Attention(seen.query, seen.key.bfloat16().float(), seen.value.bfloat16().float(), seen.scaling)
+    for which in kvtuner.TENSORS:
+        found = kvtuner.output_errors(seen, plan, index, which, CANDIDATES, rope, tensors)
+        for fmt, error in zip(CANDIDATES, found, strict=True):
+            changed = list(layers)  # the other tensor is packed too, so that an exact format is tried on the same pages
+            changed[index] = replace(layers[index], **{"k": WIDTHS[0], "v": WIDTHS[0], which: fmt})
+            stored = replace(plan, layers=tuple(changed))
+            assert error == pytest.approx(error_by_hand(seen, stored, index, which, rope, tensors), rel=1e-3, abs=1e-12)
+
+
+@pytest.mark.parametrize("first", [0, -1], ids=["exact last", "exact first"])
+def test_output_errors_do_not_depend_on_the_order_of_candidates(first):
+    model = tiny(torch.float32)
+    plan = CachePlan(tuple(exact_layers(model)), sink_tokens=3, residual_window=6)
+    _, _, seen = next(layer_inputs(model, plan, random_ids(1, 58)))
+    rope = Rope.from_model(model)
+    formats = CANDIDATES[first:] + CANDIDATES[:first]
+    found = dict(zip(formats, kvtuner.output_errors(seen, plan, 0, "k", formats, rope, {}), strict=True))
+    for fmt in CANDIDATES:
+        alone = kvtuner.output_errors(seen, plan, 0, "k", (WIDTHS[0], fmt), rope, {})[1]
+        assert found[fmt] == alone
+
+
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_output_errors_fall_with_bits(which):
+    model = tiny(torch.float32)
+    plan = CachePlan(tuple(exact_layers(model)), sink_tokens=4)
+    for index, _, seen in layer_inputs(model, plan, random_ids(2, 64)):
+        found = kvtuner.output_errors(seen, plan, index, which, (*WIDTHS, EXACT), Rope.from_model(model), {})
+        assert all(a > 2 * b for a, b in itertools.pairwise(found))
+        assert found[-1] < 1e-6
+
+
+# --- measuring layers -------------------------------------------------------------------------------------------------
+
+
+def kl_of_running(model: PreTrainedModel, plan: CachePlan, probe: Probe) -> float:
+    """KL of the second half's tokens between the model with this cache and the stock model."""
+    cache = PackedCache(plan, batch_size=len(probe.ids), rope=probe.rope, tensors=probe.tensors)
+    packed = model(probe.ids, past_key_values=cache).logits
+    model.set_attn_implementation("sdpa")
+    stock = model(probe.ids, use_cache=False).logits
+    model.set_attn_implementation("kvcli")
+    half = probe.ids.shape[1] // 2
+    p, q = (x[:, half:].double().log_softmax(-1) for x in (stock, packed))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_a_layers_kl_is_that_of_really_storing_this_layer_alone(window):
+    model = tiny(torch.bfloat16, window)
+    layers = exact_layers(model)
+    searched = space(
+        (*WIDTHS[::2], KVFormat(3, "channel", group=32), WIDTHS[1]),  # the group makes pages of 32 tokens
+        (KVFormat(3, group=16), KVFormat(2, group=16), EXACT),
+        block_sizes=(32,), transform="hadamard", center=True,
+    )  # fmt: skip
+    probe = probe_of(model, random_ids(2, 90))
+    steps: list[int] = []
+    found = kvtuner.measure_layers(probe, searched, layers, "bfloat16", lambda: steps.append(1))
+    assert set(found) == {"error", "kl", "measured"}
+    assert len(steps) == len(layers)
+    for which, at, block in (("k", 2, 32), ("v", 0, 16)):
+        fmt = getattr(searched, which)[at]
+        measured = found["measured"][which]
+        assert KVFormat.from_json(measured["format"]) == fmt
+        for i in range(len(layers)):
+            stored = [searched.layer(x, EXACT, EXACT) for x in layers]
+            stored[i] = stored[i].with_format(which, fmt)
+            plan = CachePlan(tuple(stored), block_size=block, sink_tokens=BASE.sink_tokens, dtype="bfloat16")
+            ran = kl_of_running(model, plan, probe)
+            assert ran > 1e-5
+            assert measured["kl"][i] == pytest.approx(ran, rel=1e-3)
+            assert found["kl"][which][i] == carry_over(found["error"][which][i], at, measured["kl"][i])
+            assert len(found["error"][which][i]) == len(getattr(searched, which))
+
+
+@pytest.mark.parametrize("k", [(EXACT,), (EXACT, KVFormat(4, group=16)), (KVFormat(4, group=16), EXACT)], ids=str)
+def test_exact_candidates_cost_nothing_and_the_others_what_they_do(k):
+    model = tiny(torch.bfloat16)
+    layers, probe = exact_layers(model), probe_of(model, random_ids(1, 64))
+    found = kvtuner.measure_layers(probe, space(k, (KVFormat(4, group=16),)), layers, "bfloat16")
+    for costs in (*found["kl"]["k"], *found["kl"]["v"]):
+        assert all(0 <= x < 1 for x in costs)
+    for costs in found["kl"]["k"]:
+        assert costs[k.index(EXACT)] < 1e-6
+        assert len(k) == 1 or costs[k.index(KVFormat(4, group=16))] > 1e-6
+
+
+# --- measuring settings -----------------------------------------------------------------------------------------------
+
+
+def test_settings_are_measured_on_whole_plans_relative_to_the_base():
+    model = tiny(torch.bfloat16)
+    layers = exact_layers(model)
+    probe = probe_of(model, random_ids(1, 160))
+    searched = space(block_sizes=(16, 32), sink_tokens=(0, 4), residual_windows=(0, 40))
+    found = kvtuner.measure_settings(probe, searched, layers, "bfloat16")
+    assert set(found) == set(searched.settings())
+    assert found[BASE] == 1
+
+    def kl(block: int, sinks: int, window: int) -> float:
+        stored = tuple(searched.layer(x, WIDTHS[1], WIDTHS[1]) for x in layers)
+        return kl_of_running(model, CachePlan(stored, block, sinks, window, "bfloat16"), probe)
+
+    base = kl(16, 4, 0)
+    for setting, ratio in found.items():
+        tail, sinks = kl(setting.block_size, 4, setting.residual_window), kl(16, setting.sink_tokens, 0)
+        assert ratio == pytest.approx(tail * sinks / base**2, rel=1e-3)
+    assert found[Setting(16, 4, 40)] < found[Setting(16, 4, 0)]
+
+
+@pytest.mark.parametrize("blocks", [(32,), (16, 32), (64,)])
+def test_formats_that_need_large_pages_can_be_measured(blocks):
+    # per-channel keys in groups of 32, as KIVI stores them, beside pages they do not fit
+    model = tiny(torch.bfloat16)
+    k = tuple(KVFormat(bits, "channel", group=32) for bits in (2, 4))
+    searched = space((*k, KVFormat(4, group=16)), block_sizes=blocks, sink_tokens=(0,), residual_windows=(32,))
+    steps: list[int] = []
+    layers = exact_layers(model)
+    found = kvtuner.measure_settings(
+        probe_of(model, random_ids(1, 128)), searched.fitting(layers), layers, "bfloat16", lambda: steps.append(1)
+    )
+    assert set(found) == set(searched.settings())
+    assert all(0 < x < math.inf for x in found.values())
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+FULL = LayerPlan(2, 64, EXACT, EXACT)
+SLIDING = LayerPlan(2, 64, EXACT, EXACT, kind="sliding", window=100)
+WIDE = LayerPlan(1, 128, EXACT, EXACT)
+MODELS = {"alike": [FULL] * 6, "mixed": [FULL, SLIDING, WIDE, SLIDING]}
+
+
+def invented(searched: SearchSpace, layers: list[LayerPlan], seed: int = 0) -> Sensitivity:
+    """Measurements that might be: losses fall with bits, layers and settings differ."""
+    rng = random.Random(seed)
+
+    def table(formats: tuple[KVFormat, ...]) -> list[list[float]]:
+        scales = [10 ** rng.uniform(-3, 0) for _ in layers]
+        return [[s * 4.0 ** -(f.bits if f.bits < 16 else 12) * rng.uniform(0.7, 1.3) for f in formats] for s in scales]
+
+    shared = list(searched.settings())
+    ratio = {s: rng.uniform(0.9, 1.1) / (1 + s.residual_window / 50 + s.sink_tokens / 9) for s in shared}
+    kl: Any = {"k": table(searched.k), "v": table(searched.v)}
+    return Sensitivity(searched, layers, "bfloat16", kl, kl, {"k": {"kl": [0.5]}, "v": {}}, ratio)
+
+
+@pytest.mark.parametrize("context", [100, 2047])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_budget_is_met_and_a_larger_one_is_never_worse(model, context):
+    few = replace(load_recipe("balanced"), sink_tokens=(0, 4), residual_windows=(0, 32))
+    found = invented(few.fitting(MODELS[model]), MODELS[model])
+    least = least_bits(found, context, nominal=False)
+    losses = []
+    for i in range(40):
+        bits = least + i * (8 - least) / 39
+        solutions = solve(found, bits, context)
+        assert all(s.plan.effective_bits(context) <= bits + 1e-9 for s in solutions)
+        assert solutions == sorted(solutions, key=lambda s: s.predicted_kl)
+        losses.append(solutions[0].predicted_kl)
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(losses))
+    assert losses[-1] < losses[0] / 10
+
+
+@pytest.mark.parametrize("context", [40, 100, 1013])
+@pytest.mark.parametrize("layers", [[FULL, FULL], [FULL, SLIDING], [WIDE, FULL, SLIDING]], ids=["2", "sliding", "3"])
+def test_the_plan_is_the_best_of_all_plans(layers, context):
+    formats = (KVFormat(2), KVFormat(3, "channel", group=32), EXACT)
+    searched = space(
+        formats, (KVFormat(2), KVFormat(4, group=32)),
+        block_sizes=(16, 32), sink_tokens=(0, 4), residual_windows=(0, 32),
+    )  # fmt: skip
+    found = invented(searched, layers)
+    pairs = list(itertools.product(range(len(searched.k)), range(len(searched.v))))
+    points = []
+    for setting, ratio in found.ratio.items():
+        usable = [(a, b) for a, b in pairs if searched.k[a].axis == "token" or setting.block_size == 32]
+        for chosen in itertools.product(usable, repeat=len(layers)):
+            stored = [searched.layer(x, searched.k[a], searched.v[b]) for x, (a, b) in zip(layers, chosen, strict=True)]
+            loss = sum(found.kl["k"][i][a] + found.kl["v"][i][b] for i, (a, b) in enumerate(chosen)) * ratio
+            points.append((searched.plan(stored, setting, "bfloat16").effective_bits(context), loss))
+    least = min(bits for bits, _ in points)
+    assert least <= least_bits(found, context, nominal=False) <= least + 1e-3
+    for share in (0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1):
+        budget = least * (1 + 1e-9) + share * (16 - least)
+        best = min(loss for bits, loss in points if bits <= budget)
+        assert solve(found, budget, context)[0].predicted_kl == pytest.approx(best)
+
+
+@pytest.mark.parametrize("nominal", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_budget_below_the_least_names_it(model, nominal):
+    found = invented(load_recipe("balanced").fitting(MODELS[model]), MODELS[model])
+    least = least_bits(found, 1000, nominal)
+    assert solve(found, least, 1000, nominal=nominal)
+    kind = "nominal" if nominal else "effective"
+    said = f"{kind} bits at 1000 tokens cannot be met; the least reachable is {least:.3f}."
+    with pytest.raises(BudgetError, match=re.escape(said)):
+        solve(found, least - 0.002, 1000, nominal=nominal)
+    assert not nominal or least == 2
+
+
+def test_nominal_budgets_count_as_papers_do():
+    found = invented(load_recipe("balanced").fitting(MODELS["mixed"]), MODELS["mixed"])
+    for bits in (2, 2.75, 3.25, 4, 8):
+        assert all(s.plan.nominal_bits <= bits for s in solve(found, bits, 1000, nominal=True))
+    assert solve(found, 3.25, 1000, nominal=True)[0].plan.nominal_bits > 3.1
+
+
+def test_channel_groups_that_exceed_the_page_are_left_out():
+    best = KVFormat(3, "channel", group=32)
+    searched = space((*WIDTHS, best), block_sizes=(16, 32), residual_windows=(0,))
+    found = invented(searched, MODELS["alike"])
+    for layer in found.kl["k"]:
+        layer[-1] = 1e-9  # far better than anything else
+    by_block = {s.plan.block_size: s.plan for s in solve(found, 4.5, 4096)}
+    assert all(layer.k == best for layer in by_block[32].layers)
+    assert all(layer.k != best for layer in by_block[16].layers)
+
+
+def test_a_setting_that_holds_no_format_is_passed_over():
+    searched = space((KVFormat(3, "channel", group=32),), block_sizes=(16, 32))
+    found = invented(searched, MODELS["alike"])
+    assert {s.plan.block_size for s in solve(found, 8, 4096)} == {32}
+    assert least_bits(found, 4096, nominal=False) > 2
+
+
+def test_measurements_survive_json():
+    model = tiny(torch.bfloat16, 24)
+    layers = exact_layers(model)
+    searched = space(sink_tokens=(0, 4), transform="hadamard", center=True)
+    probe = probe_of(model, random_ids(1, 64))
+    ratio = kvtuner.measure_settings(probe, searched, layers, "bfloat16")
+    measured = kvtuner.measure_layers(probe, searched, layers, "bfloat16")
+    found = Sensitivity(searched, layers, "bfloat16", measured["error"], measured["kl"], measured["measured"], ratio)
+    again = Sensitivity.from_json(json.loads(json.dumps(found.to_json())))
+    assert again == found
+    assert solve(again, 6, 64) == solve(found, 6, 64)
