@@ -47,10 +47,9 @@ def solve(weights: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], c
     if spare < 0:
         return None
     extra = [[w[i] - base for i in front] for w, front, base in zip(weights, fronts, lightest, strict=True)]
-    spare = min(spare, sum(max(e) for e in extra))
     unit = max(gcd(*(x for e in extra for x in e)), 1)
-    unit = max(unit, -(-spare // MAX_UNITS))
-    size = spare // unit + 1
+    unit = max(unit, -(-min(spare, sum(max(e) for e in extra)) // MAX_UNITS))
+    size = min(spare // unit, sum(-(-max(e) // unit) for e in extra)) + 1
     best = np.zeros(size)  # best[u]: least loss of the layers so far within u units
     picks: list[np.ndarray] = []
     for front, layer_extra, layer_losses in zip(fronts, extra, losses, strict=True):

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from kvcli.calibration import knapsack
 from kvcli.calibration.capture import Attention, layer_inputs, plain_cache, run_layers
-from kvcli.calibration.space import SearchSpace, Setting
+from kvcli.calibration.space import SearchSpace, Setting, fits
 from kvcli.errors import BudgetError
 from kvcli.models.architectures import Rope
 from kvcli.plan import CachePlan, LayerPlan
@@ -83,12 +83,24 @@ class Sensitivity:
 
     @classmethod
     def from_json(cls, obj: Mapping[str, Any]) -> Sensitivity:
-        """Rebuild from :meth:`to_json`."""
-        return cls(
+        """Rebuild from :meth:`to_json`; raise ValueError, TypeError or KeyError if the parts do not fit together."""
+        found = cls(
             SearchSpace.from_json(obj["space"]), [LayerPlan.from_json(x) for x in obj["geometry"]], obj["dtype"],
             obj["error"], obj["kl"], obj["measured"],
             {Setting(*(r[f] for f in Setting.__dataclass_fields__)): r["ratio"] for r in obj["ratio"]},
         )  # fmt: skip
+        widths: dict[Which, int] = {"k": len(found.space.k), "v": len(found.space.v)}
+        for table in (found.error, found.kl):
+            for which, width in widths.items():
+                if [len(row) for row in table[which]] != [width] * len(found.geometry):
+                    raise ValueError("a table has another shape than the search space")
+                if not all(math.isfinite(x) and x >= 0 for row in table[which] for x in row):
+                    raise ValueError("a loss is not a number")
+        if not found.ratio or not set(found.ratio) <= set(found.space.settings()):
+            raise ValueError("the settings are not the search space's")
+        if not all(math.isfinite(x) and x >= 0 for x in found.ratio.values()):
+            raise ValueError("a ratio is not a number")
+        return found
 
 
 @dataclass(frozen=True)
@@ -103,11 +115,11 @@ class Solution:
 
 
 def anchor(formats: tuple[KVFormat, ...]) -> int:
-    """Return the format measured end to end: the first listed of the second smallest width, or of the only one.
+    """Return the format measured end to end: the first listed of the second smallest lossy width, or of the only one.
 
     Its loss is far above rounding, and yet small enough for the second order to hold.
     """
-    widths = sorted({f.bits for f in formats})
+    widths = sorted({f.bits for f in formats if not f.is_exact} or {f.bits for f in formats})
     width = widths[min(1, len(widths) - 1)]
     return next(i for i, f in enumerate(formats) if f.bits == width)
 
@@ -133,7 +145,7 @@ def output_errors(
         changed = plan.with_layer(index, plan.layers[index].with_format(which, fmt))
         return PackedLayer(changed, index, rope=rope, tensors=tensors, device=key.device)
 
-    probe = layer_with(formats[0])
+    probe = layer_with(next((f for f in formats if not f.is_exact), formats[0]))  # exact layers see no packed token
     packed = visible(positions, queries, probe, "packed")
     seen = packed | visible(positions, queries, probe, "exact") | visible(positions, queries, probe, "sinks")
     weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
@@ -250,8 +262,11 @@ def measure_settings(
     Sinks are taken to act independently of the exact tail (window and page), so each is measured with the other at its
     base. The uniform plan stores everything in the formats measured end to end. ``step`` is called once a measurement.
     """
-    layers = [space.layer(x, space.k[anchor(space.k)], space.v[anchor(space.v)]) for x in geometry]
-    reference = probe.reference(space.plan(layers, BASE, dtype))
+    base = BASE if BASE.block_size in space.block_sizes else replace(BASE, block_size=min(space.block_sizes))
+    # pages are powers of two, so what fits the smallest fits them all
+    k, v = (tuple(f for f in formats if fits(f, min(space.block_sizes))) for formats in (space.k, space.v))
+    layers = [space.layer(x, k[anchor(k)], v[anchor(v)]) for x in geometry]
+    reference = probe.reference(space.plan(layers, base, dtype))
     known: dict[Setting, float] = {}
 
     def kl(setting: Setting) -> float:
@@ -260,9 +275,6 @@ def measure_settings(
             step()
         return known[setting]
 
-    base = BASE
-    if base.block_size not in space.block_sizes:
-        base = replace(base, block_size=min(space.block_sizes))
     out = {}
     for setting in space.settings():
         tail = kl(replace(base, block_size=setting.block_size, residual_window=setting.residual_window))
@@ -278,7 +290,10 @@ def solve_setting(found: Sensitivity, setting: Setting, bits: float, context: in
     """Return the best plan under one setting, or None if even the smallest exceeds the budget."""
     space, geometry = found.space, found.geometry
     pairs = [
-        (a, b) for a, k in enumerate(space.k) for b, v in enumerate(space.v) if _fits(k, setting) and _fits(v, setting)
+        (a, b)
+        for a, k in enumerate(space.k)
+        for b, v in enumerate(space.v)
+        if fits(k, setting.block_size) and fits(v, setting.block_size)
     ]
     if not pairs:
         return None
@@ -312,10 +327,6 @@ def solve_setting(found: Sensitivity, setting: Setting, bits: float, context: in
         # another length of the last block is the worst one for this plan: tighten by what it is over
         ceiling = min(ceiling - 1, math.floor(ceiling - over * per_bit))
     return None
-
-
-def _fits(fmt: KVFormat, setting: Setting) -> bool:
-    return fmt.is_exact or fmt.axis == "token" or setting.block_size % fmt.group == 0
 
 
 def solve(found: Sensitivity, bits: float, context: int, *, nominal: bool = False) -> list[Solution]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
 from kvcli.runtime.packed_cache import ATTENTION
 
+MAX_BITS, MAX_CONTEXT = 64, 10**9  # what an artifact can state
 PROBE_TOKENS = 384  # per window when layers are compared; settings and plans are measured on whole windows
 PROBE_WINDOWS = 2
 VERIFIED = 3  # plans measured end to end before one is chosen
@@ -52,10 +52,10 @@ class Budget:
     nominal: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.bits) and self.bits > 0):
-            raise UsageError(f"--bits {self.bits:g} is not a positive number.")
-        if self.context < 1:
-            raise UsageError(f"--context {self.context} is not a positive number of tokens.")
+        if not 0 < self.bits <= MAX_BITS:
+            raise UsageError(f"--bits {self.bits:g} is not between 0 and {MAX_BITS}.")
+        if not 0 < self.context <= MAX_CONTEXT:
+            raise UsageError(f"--context {self.context} is not between 1 and {MAX_CONTEXT} tokens.")
 
 
 @dataclass
@@ -270,6 +270,11 @@ def write(loaded: LoadedModel, corpus: Corpus, found: Calibration, out: Path, *,
     return path
 
 
+def shapes(layers: Sequence[LayerPlan]) -> list[tuple[Any, ...]]:
+    """Return what makes layers those of one model: heads, channels and windows."""
+    return [(x.num_kv_heads, x.head_dim, x.kind, x.window) for x in layers]
+
+
 def changed(loaded: LoadedModel, folder: Path) -> list[str]:
     """Return the keys of config.json that differ from the source's, none for a .gguf, which has no config.json."""
     original = loaded.files[0].parent / "config.json"
@@ -295,7 +300,9 @@ def solve(artifact: Artifact, budget: Budget, out: Path, *, overwrite: bool) -> 
     try:
         found = Sensitivity.from_json(artifact.report["sensitivity"])
         scale = float(artifact.report["scale"])
-    except (KeyError, TypeError, ValueError):
+        if found.dtype != artifact.plan.dtype or shapes(found.geometry) != shapes(artifact.plan.layers):
+            raise ValueError("measured on another model")
+    except (KeyError, TypeError, ValueError, AttributeError, InputError):
         raise InputError(f"{artifact.path.name} holds no usable measurements in report.json.") from None
     best = kvtuner.solve(found, budget.bits, budget.context, nominal=budget.nominal)[0]
     predicted = best.predicted_kl * scale

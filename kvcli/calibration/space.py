@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from itertools import product
+from math import gcd
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from kvcli.errors import InputError
-from kvcli.plan import CachePlan, LayerPlan
+from kvcli.plan import BLOCK_SIZES, CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
 
 
@@ -23,6 +24,11 @@ class Setting:
     block_size: int
     sink_tokens: int
     residual_window: int
+
+
+def fits(fmt: KVFormat, block_size: int) -> bool:
+    """Whether pages of ``block_size`` tokens can hold the format."""
+    return fmt.is_exact or fmt.axis == "token" or block_size % fmt.group == 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,14 @@ class SearchSpace:
         for field in fields(self):
             if getattr(self, field.name) == ():
                 raise InputError(f"the search space has no candidate for {field.name}.")
+        for name in ("block_sizes", "sink_tokens", "residual_windows"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or not all(type(x) is int and x >= 0 for x in values):
+                raise InputError(f"{name} must be a list of whole numbers.")
+        if unknown := set(self.block_sizes) - set(BLOCK_SIZES):
+            raise InputError(f"block_sizes {min(unknown)} is not one of {BLOCK_SIZES}.")
+        if not isinstance(self.center, bool):
+            raise InputError("center must be true or false.")
 
     def settings(self) -> Iterator[Setting]:
         """Yield every combination of what all layers share, cheapest first."""
@@ -70,28 +84,32 @@ class SearchSpace:
         return CachePlan(tuple(layers), **asdict(setting), dtype=dtype)
 
     def fitting(self, geometry: list[LayerPlan]) -> SearchSpace:
-        """Return the space with only what fits the model: groups that divide the heads and some block size.
+        """Return the space with only what fits the model's heads, and pages that some format of each tensor fits.
 
-        A token-axis group larger than a head becomes the head. Raises :class:`InputError` if nothing is left.
+        A token-axis group that does not divide a head becomes the head if it is more than half of it, else the greatest
+        common divisor. Raises :class:`InputError` if nothing is left.
         """
-        dims = {layer.head_dim for layer in geometry}
+        dims = sorted({layer.head_dim for layer in geometry})
 
         def fit(formats: tuple[KVFormat, ...]) -> tuple[KVFormat, ...]:
             kept: dict[KVFormat, None] = {}
             for fmt in formats:
-                if fmt.axis == "token" and not fmt.is_exact and fmt.group > min(dims):
-                    fmt = KVFormat(**{**asdict(fmt), "group": min(dims)})
+                if fmt.axis == "token" and not fmt.is_exact and any(dim % fmt.group for dim in dims):
+                    fmt = replace(fmt, group=dims[0] if 2 * fmt.group > dims[0] else gcd(fmt.group, *dims))
                 try:
-                    for dim, block in product(dims, self.block_sizes):
-                        fmt.check(head_dim=dim, block_size=block)
+                    for dim in dims:
+                        fmt.check(head_dim=dim, block_size=max(BLOCK_SIZES))
                 except InputError:
                     continue
-                kept[fmt] = None
+                if any(fits(fmt, block) for block in self.block_sizes):
+                    kept[fmt] = None
             if not kept:
-                raise InputError(f"no candidate format fits heads of {sorted(dims)} channels.")
+                raise InputError(f"no candidate format fits heads of {dims} channels.")
             return tuple(kept)
 
-        return SearchSpace(**{**self.__dict__, "k": fit(self.k), "v": fit(self.v)})
+        k, v = fit(self.k), fit(self.v)
+        blocks = tuple(b for b in self.block_sizes if all(any(fits(f, b) for f in x) for x in (k, v)))
+        return replace(self, k=k, v=v, block_sizes=blocks)
 
     @classmethod
     def from_json(cls, obj: dict[str, Any]) -> SearchSpace:
@@ -138,12 +156,12 @@ def load_recipe(name: str) -> SearchSpace | None:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise InputError(f"recipe {name} does not exist.")
-        text = path.read_text()
+        data = path.read_bytes()
     elif name in recipe_names():
-        text = (resources.files("kvcli_calib") / "recipes" / f"{name}.yaml").read_text()
+        data = (resources.files("kvcli_calib") / "recipes" / f"{name}.yaml").read_bytes()
     else:
         return None
     try:
-        return SearchSpace.from_json(yaml.safe_load(text)["search"])
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        return SearchSpace.from_json(yaml.safe_load(data)["search"])
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {name} is not a recipe: {str(error).splitlines()[0]}.") from None

@@ -12,11 +12,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -111,9 +112,11 @@ class Stages:
         self.record.append({"name": name, "settings": settings, "sha256": digest})
         stem = self.folder / f"{name}-{digest[:16]}"
         tensors, plain = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
-        if tensors.exists() or plain.exists():
+        # a crash of the machine can leave a renamed file short: then the stage runs again
+        with suppress(OSError, ValueError, SafetensorError):
+            result = load_file(tensors) if tensors.exists() else json.loads(plain.read_text())
             self.resumed.append(name)
-            return load_file(tensors) if tensors.exists() else json.loads(plain.read_text())
+            return result
         with self.show(description, steps) as progress:
             result = work(progress.advance)
         self.folder.mkdir(parents=True, exist_ok=True)
