@@ -30,7 +30,9 @@ def test_links_lead_to_files():
 
 def test_the_python_runs(tinystories, run_kvcli, tmp_path, monkeypatch):
     out = tmp_path / "OUT"
-    done = run_kvcli("calibrate", str(tinystories), "--bits", "5", "--context", "512", "--tokens", "2048", "-o", str(out))
+    done = run_kvcli(
+        "calibrate", str(tinystories), "--bits", "5", "--context", "512", "--tokens", "2048", "-o", str(out)
+    )
     assert done.returncode == 0, done.stderr
     [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)

@@ -62,19 +62,20 @@ def evaluate(
     chosen = tuple(dict.fromkeys(x.strip() for x in tasks.split(",")))
     if unknown := [x for x in chosen if x not in fidelity.TASKS]:
         raise UsageError(f"there is no task {unknown[0]!r}; there are {', '.join(fidelity.TASKS)}.")
-    if dump is not None and not dump.absolute().parent.is_dir():
-        raise UsageError(f"the folder of --dump {dump} does not exist.")
+    if dump is not None and (dump.is_dir() or not dump.absolute().parent.is_dir()):
+        raise UsageError(f"--dump {dump} is not a file in a folder that exists.")
 
     from kvcli.calibration import corpora
+    from kvcli.calibration.pipeline import exact_layers
     from kvcli.models.loading import load
+    from kvcli.plan import CachePlan
     from kvcli.runtime.packed_model import PackedModel
 
     with progress("loading the model"):
         subject = load_artifact(artifact, verify=not no_verify, trust_remote_code=trust_remote_code)
-        reference = PackedModel(
-            load(against, dtype=subject.plan.dtype, trust_remote_code=trust_remote_code) if against else subject.loaded,
-            subject.plan.as_exact(), {},
-        )  # fmt: skip
+        other = load(against, dtype=subject.plan.dtype, trust_remote_code=trust_remote_code) if against else None
+        exact = CachePlan(tuple(exact_layers(other)), dtype=other.dtype) if other else subject.plan.as_exact()
+        reference = PackedModel(other or subject.loaded, exact, {})
     length = window or min(2048, subject.loaded.max_context)
     if length < 4:
         raise UsageError(f"--window {length} is too short: 4 tokens at least.")

@@ -11,7 +11,7 @@ import typer
 from kvcli.cli.console import emit
 from kvcli.cli.options import JsonFlag, NoVerify, SeedOption, ThreadsOption, TrustRemoteCode, option
 from kvcli.cli.shared import load_artifact
-from kvcli.errors import UsageError
+from kvcli.errors import InputError, UsageError
 
 
 def generate(
@@ -58,8 +58,12 @@ def generate(
         found = generator.complete(prompt, stream)
         emit(_facts(found)) if json else print()
         return
-    for line in sys.stdin:
-        if not (text := line.rstrip("\n")):
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            text = line.decode().rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise InputError(f"line {number} of stdin is not UTF-8.") from None
+        if not text:
             print("" if not json else "{}", flush=True)
             continue
         found = generator.complete(text)

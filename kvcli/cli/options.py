@@ -63,7 +63,9 @@ ThreadsOption = Annotated[
 ]
 """Default it to 0; the command receives the number that is in force."""
 
-SeedOption = Annotated[int, option("--seed", min=0, help="Seed of everything random; the same seed, the same result.")]
+SeedOption = Annotated[
+    int, option("--seed", min=0, max=2**32 - 1, help="Seed of everything random; the same seed, the same result.")
+]
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 

@@ -348,12 +348,13 @@ def test_only_what_is_asked_for_is_reported_and_every_pass_is_counted(loaded, te
 
 @pytest.mark.slow
 def test_chunks_agree_on_the_standing_model(smollm2, wikitext_test):
+    # through thirty layers a rounding in float32 moves some codes: the paths differ by a few per cent of the plan's KL
     loaded = load(str(smollm2))
-    (ids,) = corpora.windows(str(wikitext_test), loaded.tokenizer, 320, limit=1)
-    fmt = KVFormat(4, group=32)
-    subject = subject_of(loaded, fmt, fmt, sink_tokens=4, residual_window=32, transform="hadamard")
-    whole, *others = [subject.log_probs(ids, scored=160, chunk=chunk)[0] for chunk in (320, 96, 1)]
+    (ids,) = corpora.windows(str(wikitext_test), loaded.tokenizer, 192, limit=1)
+    formats = KVFormat(8, group=32), KVFormat(4, group=32)
+    subject = subject_of(loaded, *formats, sink_tokens=4, residual_window=16, transform="hadamard")
+    whole, *others = [subject.log_probs(ids, scored=96, chunk=chunk)[0] for chunk in (192, 50, 1)]
+    kl = mean_kl(exact_of(subject).log_probs(ids, scored=96)[0], whole)
+    assert 2e-4 < kl < 0.05
     for other in others:
-        assert mean_kl(whole, other) < 1e-4
-    exact = exact_of(subject).log_probs(ids, scored=160)[0]
-    assert 5e-4 < mean_kl(exact, whole) < 0.1
+        assert mean_kl(whole, other) < min(1e-4, kl / 5)
