@@ -2,7 +2,8 @@
 
 After Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", ICML 2024, arXiv:2402.02750. Keys
 have a few channels of large magnitude, so each channel gets a scale over 32 consecutive tokens; values have none, so
-each token gets one over 32 channels. Both are asymmetric with float16 scale and zero point: 1 bit a value beside the codes.
+each token gets one over 32 channels. Both are asymmetric with float16 scale and zero point: 1 bit a value beside the
+codes.
 
 The worked example of a plug-in: a class with ``family`` and ``name``, and its family's one method. It departs from the
 paper in two ways. The search may give every layer widths of its own (``kvcli calibrate MODEL --recipe kivi``), and the

@@ -16,12 +16,25 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 # Importing torch and transformers takes seconds. This imports them once and forks for every command line: each is a
 # process of its own, with its own arguments, environment, streams and exit code.
 SERVER = """
-import gc, json, os, sys
+import gc, importlib, json, os, signal, sys
 import kvcli.calibration.pipeline, kvcli.cli.app, kvcli.evaluation.fidelity, kvcli.runtime.generation
 import transformers.models.llama.modeling_llama
 from kvcli.cli.main import main
 
 gc.freeze()
+def interrupt(module, owner, name):
+    "Press Ctrl-C when a function is called."
+    place = importlib.import_module(module)
+    place = getattr(place, owner) if owner else place
+    work = getattr(place, name)
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return work(*args, **kwargs)
+
+    setattr(place, name, interrupted)
+
+
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)
@@ -34,6 +47,8 @@ for line in sys.stdin:
             file = open(path, mode)
             os.dup2(file.fileno(), number)
         sys.stdin, sys.stdout, sys.stderr = (open(i, mode) for i, mode in enumerate("rww"))
+        if job["interrupt"]:
+            interrupt(*job["interrupt"])
         try:
             main(job["arguments"])
         except SystemExit as left:
@@ -45,7 +60,10 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="session")
 def warm(clean_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Run ``kvcli`` as ``run_kvcli`` does, in a process that need not import torch first."""
+    """Run ``kvcli`` as ``run_kvcli`` does, in a process that need not import torch first.
+
+    ``interrupt=(module, class or "", function)`` sends it SIGINT when it calls that function.
+    """
     folder = tmp_path_factory.mktemp("streams")
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     server = subprocess.Popen(
@@ -57,7 +75,11 @@ def warm(clean_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     assert server.stdout.readline() == "ready\n"
 
     def run(
-        *args: object, input: str | bytes = "", env: dict[str, str] | None = None, cwd: Path | None = None
+        *args: object,
+        input: str | bytes = "",
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        interrupt: tuple[str, str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         assert server.stdin is not None
         assert server.stdout is not None
@@ -65,7 +87,7 @@ def warm(clean_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
         streams[0].write_bytes(input if isinstance(input, bytes) else input.encode())
         job = {
             "arguments": list(map(str, args)), "env": {**clean_env, **quiet, **(env or {})},
-            "cwd": str(cwd or folder), "streams": list(map(str, streams)),
+            "cwd": str(cwd or folder), "streams": list(map(str, streams)), "interrupt": interrupt,
         }  # fmt: skip
         print(json.dumps(job), file=server.stdin, flush=True)
         code = int(server.stdout.readline())
