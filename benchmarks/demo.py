@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 PROMPT = "What is the capital of France, and what is it known for?"
+LEARN = "builtin:code,builtin:dialogue,builtin:everyday,builtin:prose,builtin:arithmetic"
+JUDGE = "builtin:narrative"  # text that calibration has not seen
 console = Console(highlight=False)
 
 
@@ -31,7 +33,7 @@ def model_file() -> Path:
 
 def kvcli(*words: str) -> str:
     """Run one command, show it, and return its stdout."""
-    shown = [w if len(w) < 60 else Path(w).name for w in words]
+    shown = [Path(w).name if w.endswith(".gguf") else w for w in words]
     console.print("$ kvcli " + " ".join(f'"{w}"' if " " in w else w for w in shown), style="bold", soft_wrap=True)
     done = subprocess.run([sys.executable, "-m", "kvcli", *words], stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -47,9 +49,10 @@ def main() -> None:
     args = parser.parse_args()
     began = time.monotonic()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    console.print(kvcli("calibrate", str(model_file()), "--bits", args.bits, "-o", args.out, "--force"), end="")
+    calibrated = kvcli("calibrate", str(model_file()), "--bits", args.bits, "--data", LEARN, "-o", args.out, "--force")
+    console.print(calibrated, end="", soft_wrap=True)
     plan: dict[str, Any] = json.loads(kvcli("inspect", args.out, "--json"))
-    found: dict[str, Any] = json.loads(kvcli("eval", args.out, "--window", "2048", "--limit", "2", "--json"))
+    found: dict[str, Any] = json.loads(kvcli("eval", args.out, "--data", JUDGE, "--limit", "2", "--json"))
 
     mib = 2**20
     table = Table(title="SmolLM2-135M-Instruct: 16-bit cache against the artifact", title_justify="left")

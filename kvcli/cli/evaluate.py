@@ -86,6 +86,8 @@ def evaluate(
         result = fidelity.evaluate(
             subject, reference, texts, tasks=chosen, chunk=chunk, dump=dump, step=bar.advance
         )  # fmt: skip
+    if data.startswith("builtin"):
+        say("The built-in text is what calibration reads by default: for a fair figure give other text with --data.")
     if subject.plan.dtype in ("float32", "float64"):
         say(f"Computed in {subject.plan.dtype}: the reference's K and V are rounded to {subject.plan.exact_dtype}.")
     if json:
