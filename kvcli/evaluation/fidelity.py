@@ -113,7 +113,12 @@ def evaluate(
             for name, x in (("reference", p), ("quantized", q), ("targets", ids[-scored:])):
                 kept[name].append(x)
     if dump is not None:
-        save_file({name: torch.stack(x).contiguous() for name, x in kept.items()}, dump)
+        part = dump.with_name(f".{dump.name}.part")
+        try:
+            save_file({name: torch.stack(x).contiguous() for name, x in kept.items()}, part)
+            part.replace(dump)
+        finally:
+            part.unlink(missing_ok=True)
     plan = subject.plan
     bits = max(plan.effective_bits(tokens), 8 * nbytes / (tokens * plan.scalars_per_token))
     result: dict[str, Any] = {

@@ -55,6 +55,12 @@ def find(source: str) -> Checkpoint:
         One sentence naming what is missing, damaged or not supported.
     """
     path = Path(source).expanduser()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass  # perhaps a hub id
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source[:100]} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"{source} is a file, but not a .gguf file; give the model's folder.")
