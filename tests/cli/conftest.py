@@ -21,6 +21,7 @@ import kvcli.calibration.pipeline, kvcli.cli.app, kvcli.evaluation.fidelity, kvc
 import transformers.models.llama.modeling_llama
 from kvcli.cli.main import main
 
+kvcli.cli.app.build()  # imports every command
 gc.freeze()
 def interrupt(module, owner, name):
     "Press Ctrl-C when a function is called."
