@@ -80,18 +80,8 @@ def tokens(
     UsageError
         For windows longer than the model's context.
     """
-    if not 1 < length <= loaded.max_context:
-        raise UsageError(f"Windows of {length} tokens do not fit the model's context of {loaded.max_context} tokens.")
+    pools, rooms = sources(spec, loaded, num_tokens=num_tokens, seed=seed, length=length)
     count = max(1, num_tokens // length)
-    pools: dict[str, Tensor] = {}
-    rooms: dict[str, dict[str, int]] = {}
-    for part in _parts(spec):
-        for name in (x for x in _members(part) if x != "self"):
-            pools[name] = _pool(name, loaded, count, length, seed)
-        rooms[part] = {x: len(pools[x]) // length if x in pools else count for x in _members(part)}
-        if not any(rooms[part].values()):
-            _refuse_short(part, max(len(pools[x]) for x in _members(part)), length)
-
     shares = _shares({part: sum(room.values()) for part, room in rooms.items()}, count)
     shares = {name: n for part, share in shares.items() for name, n in _shares(rooms[part], share).items()}
     cuts = [
@@ -108,6 +98,32 @@ def tokens(
         ids=ids,
         description=", ".join(f"{n} of {length} tokens from {_public(x)}" for x, n in shares.items()),
     )
+
+
+def sources(
+    spec: str, loaded: LoadedModel, *, num_tokens: int, seed: int, length: int
+) -> tuple[dict[str, Tensor], dict[str, dict[str, int]]]:
+    """Read every source of a SPEC but ``self``, which the model has yet to write, and check that there is enough.
+
+    Returns the token ids of each source, and for each part of the SPEC how many windows each of its sources can give.
+
+    Raises
+    ------
+    InputError, UsageError
+        As :func:`tokens`.
+    """
+    if not 1 < length <= loaded.max_context:
+        raise UsageError(f"Windows of {length} tokens do not fit the model's context of {loaded.max_context} tokens.")
+    count = max(1, num_tokens // length)
+    pools: dict[str, Tensor] = {}
+    rooms: dict[str, dict[str, int]] = {}
+    for part in _parts(spec):
+        for name in (x for x in _members(part) if x != "self"):
+            pools[name] = _pool(name, loaded, count, length, seed)
+        rooms[part] = {x: len(pools[x]) // length if x in pools else count for x in _members(part)}
+        if not any(rooms[part].values()):
+            _refuse_short(part, max(len(pools[x]) for x in _members(part)), length)
+    return pools, rooms
 
 
 def windows(spec: str, tokenizer: PreTrainedTokenizerBase, length: int, *, limit: int | None = None) -> list[Tensor]:

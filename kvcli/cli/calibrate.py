@@ -77,6 +77,10 @@ def calibrate(
     space = pipeline.search_space(recipe, geometry)
     pipeline.check_budget(space, geometry, budget, loaded.dtype)
     length = min(WINDOW, loaded.max_context)
+    if dry_run:
+        corpora.sources(data, loaded, num_tokens=tokens, seed=seed, length=length)
+        _say_plan(loaded, budget, space, recipe, data, tokens, json)
+        return
     with progress("reading calibration text", total=100) as bar:
         last = 0.0
 
@@ -86,9 +90,6 @@ def calibrate(
             last = 100 * done / max(1, total)
 
         corpus = corpora.tokens(data, loaded, num_tokens=tokens, seed=seed, length=length, progress=report)
-    if dry_run:
-        _say_plan(loaded, budget, space, recipe, data, tokens, json)
-        return
     found = pipeline.calibrate(loaded, corpus, budget, out, recipe=recipe, fresh=not resume, show=progress)
     if found.stages.resumed:
         say(f"Resumed: {', '.join(found.stages.resumed)} taken from an earlier run.")

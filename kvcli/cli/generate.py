@@ -49,6 +49,10 @@ def generate(
 
     if prompt == "-" and sys.stdin.isatty():
         raise UsageError("give a prompt, or pipe one prompt a line into stdin.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # Python keeps bytes of arguments that are not UTF-8 as lone surrogates
+        raise InputError("the prompt is not UTF-8.") from None
     subject = load_artifact(artifact, verify=not no_verify, trust_remote_code=trust_remote_code)
     if exact:
         subject = replace(subject, plan=subject.plan.as_exact(), tensors={})
