@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,9 @@ SHARED = ROOT.parent / "shared"
 # other work on the machine must not fail a property by being slow
 settings.register_profile("kvcli", deadline=None)
 settings.load_profile("kvcli")
+
+# a shell makes what it runs in the background deaf to Ctrl-C, and so would be the commands that the tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _shared(path: str) -> Path:

@@ -6,7 +6,7 @@ Qwen2 and Qwen3. Everything else is refused by name, before any work starts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -140,6 +140,7 @@ class Rope:
 
     inv_freq: Tensor
     attention_scaling: float = 1.0
+    _table: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> Rope:
@@ -187,9 +188,22 @@ class Rope:
         return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1) / torch.cat((norm, norm), -1)
 
     def _pairs(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # Angles are float32 even for float64 vectors: Transformers computes them so, and the two must agree.
-        angles = positions[..., None].float() * self.inv_freq.to(x.device)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        last = int(positions.max()) if positions.numel() else 0
+        cos, sin = self.table(last + 1).to(positions.device)[positions].to(dtype).chunk(2, dim=-1)
         first, second = x.to(dtype).chunk(2, dim=-1)
-        return first, second, cos.to(dtype), sin.to(dtype)
+        return first, second, cos, sin
+
+    def table(self, length: int) -> Tensor:
+        """Return the cosines and sines of at least ``length`` positions, float32 [positions, head_dim].
+
+        Each row is head_dim / 2 cosines, then as many sines. There is one such table a model, which every backend reads:
+        a cosine computed elsewhere, or in other company, may differ in its last bit.
+        """
+        if self._table.shape[0] < length:
+            rows = max(1024, 1 << (length - 1).bit_length())
+            # Angles are float32 even for float64 vectors: Transformers computes them so, and the two must agree.
+            angles = torch.arange(rows, device=self.inv_freq.device)[:, None].float() * self.inv_freq
+            table = torch.cat((angles.cos(), angles.sin()), dim=-1) * self.attention_scaling
+            object.__setattr__(self, "_table", table)
+        return self._table

@@ -1,10 +1,10 @@
 """Where everything lies inside one page: the Python view of the packed layout.
 
-A page holds ``block_size`` tokens of one layer. It is head-major, so that a tensor-parallel rank owns a contiguous
-slice::
+The same layout is defined, with a picture, in ``kvcli/runtime/csrc/kv_layout.h``; a test holds the two together. A page
+holds ``block_size`` tokens of one layer. It is head-major, so that a tensor-parallel rank owns a contiguous slice::
 
     page  = | head 0 | head 1 | … |
-    head  = | K codes | K scales | K zeros | V codes | V scales | V zeros | padding to 16 bytes |
+    head  = | K codes | K scales | K zeros | V codes | V scales | V zeros |, each padded to 16 bytes
 
 Codes are token-major ([block_size, head_dim], densely packed, least significant bit first). Scales and zeros are
 [block_size, head_dim / group] on the token axis and [block_size / group, head_dim] on the channel axis.
@@ -53,7 +53,7 @@ class PageLayout:
                 ("zeros", fmt.zero_bytes(self.head_dim, self.block_size)),
             ):
                 out[f"{tensor}_{name}"] = slice(at, at + size)
-                at += size
+                at += -(-size // ALIGNMENT) * ALIGNMENT
         return out
 
     @cached_property

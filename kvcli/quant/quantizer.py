@@ -73,12 +73,24 @@ def _nearest(x: Tensor, table: Tensor) -> Tensor:
     return torch.bucketize(x.contiguous(), borders.to(x.device))
 
 
+def sum_by_halves(x: Tensor, axis: int) -> Tensor:
+    """Sum over an axis in one fixed order, so that every backend rounds alike: [..., n, ...] to [..., 1, ...].
+
+    As long as n is even the second half is added to the first; what is left is added up from its beginning.
+    """
+    while x.shape[axis] % 2 == 0:
+        first, second = x.chunk(2, axis)
+        x = first + second
+    parts = x.split(1, axis)
+    return sum(parts[1:], start=parts[0])
+
+
 def _table(x: Tensor, axis: int, fmt: KVFormat) -> tuple[Tensor, Tensor, None]:
     """Choose codes on a table, with the least-squares gain folded into the stored scale."""
     table = grids.levels(fmt.grid, fmt.bits).to(x.device)
-    sigma = x.square().mean(axis, keepdim=True).sqrt()
+    sigma = (sum_by_halves(x.square(), axis) / x.shape[axis]).sqrt()
     points = table[_nearest(x * _inverse(sigma), table)]
-    gain = (x * points).sum(axis, keepdim=True) / points.square().sum(axis, keepdim=True)
+    gain = sum_by_halves(x * points, axis) / sum_by_halves(points.square(), axis)
     stored = encode_scales(gain.clamp(min=0), fmt.scale_dtype)
     codes = _nearest(x * _inverse(decode_scales(stored, fmt.scale_dtype)), table)
     return codes.to(torch.uint8), stored, None
