@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"kvcli": "kvcli", "plugins": "kvcli_plugins", "calib": "kvcli_calib"}
-JUNK = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info")
+JUNK = shutil.ignore_patterns("__pycache__", "*.pyc", "*.egg-info", "lib")
 
 
 def _sources(folder: Path) -> set[Path]:
-    return {x.relative_to(folder) for x in folder.rglob("*") if x.is_file() and "__pycache__" not in x.parts}
+    skipped = {"__pycache__", "lib"}  # compiled code, which every build makes anew
+    return {x.relative_to(folder) for x in folder.rglob("*") if x.is_file() and not skipped & set(x.parts)}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def wheel(tmp_path_factory) -> ZipFile:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, source / folder, ignore=JUNK)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = [
         sys.executable,
@@ -40,7 +42,9 @@ def wheel(tmp_path_factory) -> ZipFile:
         str(out),
         ".",
     ]
-    done = subprocess.run(build, cwd=source, capture_output=True, text=True, check=False)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # for the CMake installed beside Python
+    env = {**os.environ, "KVCLI_CUDA": "off", "PATH": path}
+    done = subprocess.run(build, cwd=source, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     (built,) = out.glob("kvcli-*.whl")
     return ZipFile(built)
@@ -59,6 +63,12 @@ def test_the_wheel_holds_every_file(wheel):
 
 
 @pytest.mark.slow
+def test_the_wheel_carries_the_kernels_for_any_python(wheel):
+    assert "kvcli/runtime/lib/libkvrt_cpu.so" in wheel.namelist()
+    assert "-py3-none-" in Path(str(wheel.filename)).name
+
+
+@pytest.mark.slow
 def test_the_wheel_says_what_it_is(wheel):
     (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
@@ -74,14 +84,16 @@ def test_the_wheel_says_what_it_is(wheel):
 def test_an_unpacked_wheel_runs(wheel, tmp_path, clean_env):
     wheel.extractall(tmp_path)
     code = (
-        "import kvcli, kvcli_plugins, importlib.resources as r, kvcli.plugins as p;"
-        "print(kvcli.__file__, kvcli_plugins.__file__, r.files('kvcli_calib'), *(x.name for x in p.discover()))"
+        "import kvcli, kvcli_plugins, importlib.resources as r, kvcli.plugins as p, kvcli.runtime.kvrt as n;"
+        "print(kvcli.__file__, kvcli_plugins.__file__, r.files('kvcli_calib'), n.__file__, n.library('cpu').kind, "
+        "*(x.name for x in p.discover()))"
     )
     env = {**clean_env, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path, check=True
     )
-    *places, plugin = done.stdout.split()
+    *places, kind, plugin = done.stdout.split()
+    assert kind == "cpu"
     assert all(Path(x).is_relative_to(tmp_path) for x in places)
     assert plugin == "kivi"
 

@@ -24,7 +24,6 @@ OPTIONAL = {
     "ray": "search and serving on several machines",
     "vllm": "serving past one machine",
 }
-BACKENDS = {"reference": "ready", "cpu": "not in this build", "cuda": "not in this build"}
 SIMD = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimd")
 
 
@@ -65,7 +64,7 @@ def examine(*, network: bool = False) -> dict[str, Any]:
         "disk": {"folder": str(Path.cwd()), "free_bytes": disk.free},
         "torch": _torch(),
         "nvcc": _nvcc(),
-        "backends": BACKENDS,
+        "backends": {"reference": {"kernels": None, "missing": None}, **{x: _backend(x) for x in ("cpu", "cuda")}},
         "optional": {name: {"version": _version(name), "for": use} for name, use in OPTIONAL.items()},
         "hub": _hub_answers() if network else None,
     }
@@ -108,6 +107,18 @@ def _torch() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "devices": devices,
     }
+
+
+def _backend(kind: str) -> dict[str, Any]:
+    """Return which kernels of a library would be used, and why not its others; or why there are none at all."""
+    try:
+        from kvcli.runtime import kvrt
+
+        library = kvrt.library(kind)
+    except Exception as error:  # torch that does not import, a library that does not load: findings, not crashes
+        return {"kernels": None, "missing": str(error).rstrip(".") or type(error).__name__}
+    others = {name: reason for name, reason in library.variants().items() if reason}
+    return {"kernels": library.variant, "missing": None, "others": others}
 
 
 def _nvcc() -> str | None:
@@ -161,7 +172,10 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         if not torch["devices"]:
             rows.append(("GPU", "none", ""))
     rows.append(("nvcc", report["nvcc"] or missing, "building the CUDA kernels"))
-    rows += [(f"backend {name}", state, "") for name, state in report["backends"].items()]
+    for name, found in report["backends"].items():
+        kernels = f"ready, {found['kernels']} kernels" if found["kernels"] else "ready"
+        rows.append((f"backend {name}", found["missing"] or kernels, ""))
+        rows += [(f"  not {x}", why, "") for x, why in found.get("others", {}).items()]
     rows += [(name, x["version"] or missing, x["for"]) for name, x in report["optional"].items()]
     if report["hub"] is not None:
         rows.append(("hub", "answers" if report["hub"] else "does not answer", "models by id"))

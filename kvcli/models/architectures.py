@@ -197,8 +197,8 @@ class Rope:
     def table(self, length: int) -> Tensor:
         """Return the cosines and sines of at least ``length`` positions, float32 [positions, head_dim].
 
-        Each row is head_dim / 2 cosines, then as many sines. There is one such table a model, which every backend reads:
-        a cosine computed elsewhere, or in other company, may differ in its last bit.
+        Each row is head_dim / 2 cosines, then as many sines. There is one such table a model, and every backend reads
+        it: a cosine computed elsewhere, or in other company, may differ in its last bit.
         """
         if self._table.shape[0] < length:
             rows = max(1024, 1 << (length - 1).bit_length())

@@ -60,7 +60,7 @@ def _uniform(x: Tensor, axis: int, fmt: KVFormat) -> tuple[Tensor, Tensor, Tenso
         stored = encode_scales(x.abs().amax(axis, keepdim=True) * (2.0 / top), fmt.scale_dtype, up=up)
         codes = torch.round(x * _inverse(decode_scales(stored, fmt.scale_dtype)) + top / 2)
         return codes.clamp(0, top).to(torch.uint8), stored, None
-    low = x.amin(axis, keepdim=True)
+    low = x.amin(axis, keepdim=True) + 0.0  # of two zeros the smaller depends on their order: keep no negative one
     zeros = low.clamp(-65504.0, 65504.0).to(torch.float16)
     span = x.amax(axis, keepdim=True) - zeros.to(torch.float32)
     stored = encode_scales(span.clamp(min=0) / top, fmt.scale_dtype, up=up)
@@ -81,8 +81,11 @@ def sum_by_halves(x: Tensor, axis: int) -> Tensor:
     while x.shape[axis] % 2 == 0:
         first, second = x.chunk(2, axis)
         x = first + second
-    parts = x.split(1, axis)
-    return sum(parts[1:], start=parts[0])
+    total, *others = x.split(1, axis)
+    for part in others:
+        total = total + part
+    sums: Tensor = total
+    return sums
 
 
 def _table(x: Tensor, axis: int, fmt: KVFormat) -> tuple[Tensor, Tensor, None]:

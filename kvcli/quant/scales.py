@@ -24,6 +24,7 @@ def encode_scales(scales: Tensor, dtype: ScaleDtype, *, up: bool = False) -> Ten
     some. e5m3 is reached through float16; ``up`` rounds it up, for codes so fine that a scale cut short would clip the
     largest values by many steps.
     """
+    scales = scales + 0.0  # no negative zeros: a group on a table that is all zeros has one
     if dtype == "float16":
         return torch.where(scales > 0, scales.clamp(_FLOAT16_MIN, _FLOAT16_MAX), scales).to(torch.float16)
     bits = scales.clamp(max=_E5M3_MAX).to(torch.float16).view(torch.int16).to(torch.int32)

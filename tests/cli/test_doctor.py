@@ -25,7 +25,11 @@ def test_json_holds_the_facts(run_kvcli, tmp_path):
     assert facts["disk"]["folder"] == str(tmp_path)
     assert facts["disk"]["free_bytes"] > 0
     assert facts["torch"]["cpu_capability"]
-    assert facts["backends"] == {"reference": "ready", "cpu": "not in this build", "cuda": "not in this build"}
+    assert facts["backends"]["reference"] == {"kernels": None, "missing": None}
+    cpu, cuda = facts["backends"]["cpu"], facts["backends"]["cuda"]
+    assert cpu["kernels"] in {"avx512", "avx2", "portable"}
+    assert cpu["missing"] is None
+    assert cuda["kernels"] == "cuda" or cuda["missing"]
     assert facts["hub"] is None
 
 

@@ -1,0 +1,308 @@
+// The three steps of kvrt_attend; attend.cpp checks the arguments and runs them.
+#include "attend_call.h"
+
+#include <cmath>
+#include <limits>
+
+namespace kvrt {
+
+static constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+int64_t Call::work_floats() const {
+  return 2 * group * d + 4 * group * half + group * kChunk + layer.block_size * d +
+         static_cast<int64_t>(args.key_sum ? layer.num_heads : group) * d;
+}
+
+Work Call::work_at(float *x) const {
+  Work w;
+  w.query = x, x += group * d;
+  w.turned = x, x += group * d;
+  w.scores = x, x += group * kChunk;
+  w.keys = x, x += layer.block_size * d;
+  w.a = x, x += group * half;
+  w.b = x, x += group * half;
+  w.page_a = x, x += group * half;
+  w.page_b = x, x += group * half;
+  w.sums = x;
+  return w;
+}
+
+Span Call::span(const View &view) const {
+  Span s;
+  s.n = view.length() + 1;
+  s.masked = args.cache.positions && layer.window > 0;
+  const int64_t first = s.masked ? 0 : kv_first_visible(&layer, s.n), boundary = kv_boundary(&layer, s.n);
+  const bool packed = args.parts & KVRT_PACKED, exact = args.parts & KVRT_EXACT;
+  const int64_t sinks = layer.sink_tokens;
+  s.sinks_end = exact ? std::min(sinks, boundary) : 0;
+  s.sinks_begin = std::min(first, s.sinks_end);
+  s.packed_end = packed ? boundary : 0;
+  s.packed_begin = std::min(std::max(first, sinks), s.packed_end);
+  s.tail_begin = exact ? std::max(first, boundary) : s.n;
+  return s;
+}
+
+bool Call::sees(const View &view, int64_t slot) const {
+  const int64_t query = args.query_positions ? args.query_positions[view.seq] : view.length();
+  return view.position(slot) > query - layer.window;
+}
+
+bool Call::sees_some(const View &view, const Span &span, int64_t first, int64_t last) const {
+  if (!span.masked) return first < last;
+  for (int64_t t = first; t < last; t++)
+    if (sees(view, t)) return true;
+  return false;
+}
+
+void Call::cut(const Span &span, int64_t unit, int64_t *from, int64_t *to) const {
+  const int64_t block = layer.block_size;
+  const int64_t first = span.packed_begin / block, last = (span.packed_end + block - 1) / block;
+  if (args.split_pages > 0) {  // by absolute pages: what a unit sums never depends on how many there are
+    *from = std::max(first, unit * args.split_pages);
+    *to = std::min(last, (unit + 1) * args.split_pages);
+  } else {
+    const int64_t packed_units = units - 1;
+    *from = first + (last - first) * unit / packed_units;
+    *to = first + (last - first) * (unit + 1) / packed_units;
+  }
+  if (span.packed_begin >= span.packed_end) *to = *from;
+}
+
+void Call::load_query(const View &view, const Work &w) const {
+  for (int g = 0; g < group; g++) {
+    float *q = w.query + g * d;
+    load_row(args.q, args.dtype,
+             view.seq * args.q_row_stride + (static_cast<int64_t>(view.head) * group + g) * args.q_head_stride, d, q);
+    for (int i = 0; i < d; i++) q[i] *= layer.softmax_scale;
+  }
+}
+
+// scores of one page's tokens into columns first ... last - 1
+void Call::score(const View &view, int64_t page, int first, int last, const Work &w, float *scores) const {
+  const uint8_t *slice = view.slice(page, at);
+  if (kv_is_exact(&layer.k)) {
+    const int dtype = exact_page_dtype(layer, layer.k);
+    ops.score_rows(slice + at.k_codes + first * d * dtype_bytes(dtype), dtype, d, last - first, d, w.query, group,
+                   scores + first, kChunk);
+    return;
+  }
+  if (decoded) {
+    decode_keys(ops, view, at, page, first, last, false, w.keys);
+    ops.score_rows(w.keys, KV_F32, d, last - first, d, w.query, group, scores + first, kChunk);
+    return;
+  }
+  ops.score_page(layer, at, slice, w.turned, group, first, last, scores, kChunk);
+  if (!steps) return;
+  const float *row = rope_row(view, page * layer.block_size);
+  for (int g = 0; g < group; g++) {
+    const float *a = w.a + g * half, *b = w.b + g * half;
+    for (int i = 0; i < half; i++) {
+      w.page_a[g * half + i] = a[i] * row[i] + b[i] * row[i + half];
+      w.page_b[g * half + i] = b[i] * row[i] - a[i] * row[i + half];
+    }
+  }
+  ops.add_mean_scores(w.page_a, w.page_b, step_cos, step_sin, half, layer.block_size, group, first, last, scores,
+                      kChunk);
+}
+
+// soft cap, mask, and a copy for the caller; column c is slot + c
+void Call::finish(const View &view, const Span &span, int64_t slot, int from, int to, float *scores) const {
+  for (int g = 0; g < group; g++) {
+    float *x = scores + g * kChunk;
+    if (layer.softcap > 0)
+      for (int c = from; c < to; c++) x[c] = layer.softcap * std::tanh(x[c] / layer.softcap);
+    if (span.masked)
+      for (int c = from; c < to; c++)
+        if (!sees(view, slot + c)) x[c] = kNothing;
+    if (mass)
+      std::memcpy(mass_row(view.seq, view.head * group + g) + slot + from, x + from,
+                  sizeof(float) * static_cast<size_t>(to - from));
+  }
+}
+
+// Turn scores into weights against the running maximum, and rescale what was summed against a smaller one.
+void Call::absorb(float *scores, int from, int to, float *state) const {
+  float *max = state + group * d, *sum = max + group;
+  for (int g = 0; g < group; g++) {
+    float *x = scores + g * kChunk + from;
+    const float here = ops.max_of(x, to - from);
+    if (here == kNothing) {
+      for (int c = 0; c < to - from; c++) x[c] = 0.0f;
+      continue;
+    }
+    if (here > max[g]) {
+      const float shrink = std::exp(max[g] - here);
+      sum[g] *= shrink;
+      for (int i = 0; i < d; i++) state[g * d + i] *= shrink;
+      max[g] = here;
+    }
+    sum[g] += ops.exp_sum(x, to - from, max[g]);
+  }
+}
+
+void Call::run_pages(const View &view, const Span &span, int64_t from, int64_t to, const Work &w, float *state) const {
+  const int64_t block = layer.block_size, step = kChunk / block;
+  bool needed[kChunk];
+  for (int64_t p = from; p < to; p += step) {
+    const int64_t slot = p * block, stop = std::min(p + step, to);
+    const int begin = static_cast<int>(std::max(span.packed_begin, slot) - slot);
+    const int end = static_cast<int>(std::min(span.packed_end, stop * block) - slot);
+    for (int64_t i = p; i < stop; i++) {
+      const int column = static_cast<int>((i - p) * block);
+      const int first = std::max(begin - column, 0), last = static_cast<int>(std::min<int64_t>(end - column, block));
+      needed[i - p] = sees_some(view, span, i * block + first, i * block + last);
+      if (needed[i - p])
+        score(view, i, first, last, w, w.scores + column);
+      else
+        for (int g = 0; g < group; g++)
+          for (int t = first; t < last; t++) w.scores[g * kChunk + column + t] = kNothing;
+    }
+    finish(view, span, slot, begin, end, w.scores);
+    absorb(w.scores, begin, end, state);
+    for (int64_t i = p; i < stop; i++) {
+      if (!needed[i - p]) continue;
+      const int column = static_cast<int>((i - p) * block);
+      const int first = std::max(begin - column, 0), last = static_cast<int>(std::min<int64_t>(end - column, block));
+      const uint8_t *slice = view.slice(i, at);
+      if (kv_is_exact(&layer.v)) {
+        const int dtype = exact_page_dtype(layer, layer.v);
+        ops.accumulate_rows(slice + at.v_codes + first * d * dtype_bytes(dtype), dtype, d, last - first, d,
+                            w.scores + column + first, kChunk, group, state);
+      } else {
+        ops.accumulate_page(layer, at, slice, w.scores + column, kChunk, group, first, last, state);
+      }
+    }
+  }
+}
+
+void Call::run_rows(const View &view, const Span &span, bool sinks, const Work &w, float *state) const {
+  const int64_t entries = sinks ? layer.sink_tokens : layer.tail_tokens;
+  const int64_t end = sinks ? span.sinks_end : span.n;
+  const char *pool = static_cast<const char *>(sinks ? args.cache.sinks : args.cache.tail);
+  const int64_t bytes = dtype_bytes(layer.exact_dtype);
+  for (int64_t t = sinks ? span.sinks_begin : span.tail_begin; t < end;) {
+    const int64_t entry = sinks ? t : t % entries;
+    const int count = static_cast<int>(std::min({end - t, entries - entry, static_cast<int64_t>(kChunk)}));
+    if (sees_some(view, span, t, t + count)) {
+      const int pooled = static_cast<int>(entries);
+      ops.score_rows(pool + view.exact_row(pooled, 0, entry) * bytes, layer.exact_dtype, d, count, d, w.query, group,
+                     w.scores, kChunk);
+      finish(view, span, t, 0, count, w.scores);
+      absorb(w.scores, 0, count, state);
+      ops.accumulate_rows(pool + view.exact_row(pooled, 1, entry) * bytes, layer.exact_dtype, d, count, d, w.scores,
+                          kChunk, group, state);
+    } else if (mass) {
+      for (int g = 0; g < group; g++)
+        std::fill_n(mass_row(view.seq, view.head * group + g) + t, count, kNothing);
+    }
+    t += count;
+  }
+}
+
+void Call::run_unit(const View &view, int64_t unit, const Work &w) const {
+  float *out = state(view.seq, view.head, unit);
+  std::fill_n(out, group * d, 0.0f);
+  std::fill_n(out + group * d, group, kNothing);
+  std::fill_n(out + group * d + group, group, 0.0f);
+  const Span s = span(view);
+  const bool exact = unit == units - 1;
+  int64_t from = 0, to = 0;
+  if (!exact) cut(s, unit, &from, &to);
+  if (exact ? s.sinks_begin >= s.sinks_end && s.tail_begin >= s.n : from >= to) return;
+
+  load_query(view, w);
+  if (exact) {
+    run_rows(view, s, true, w, out);
+    run_rows(view, s, false, w, out);
+    return;
+  }
+  std::memcpy(w.turned, w.query, sizeof(float) * static_cast<size_t>(group * d));
+  if (rotated(layer.k)) ops.hadamard(w.turned, group, d);
+  if (steps) {
+    const float *mean = k_mean(layer, view.head);
+    for (int g = 0; g < group; g++)
+      for (int i = 0; i < half; i++) {
+        const float *q = w.query + g * d;
+        w.a[g * half + i] = q[i] * mean[i] + q[i + half] * mean[i + half];
+        w.b[g * half + i] = q[i + half] * mean[i] - q[i] * mean[i + half];
+      }
+  }
+  run_pages(view, s, from, to, w, out);
+}
+
+void Call::merge(const View &view, const Work &w) const {
+  const Span s = span(view);
+  const float *mean = v_mean(layer, view.head);
+  const float *exact = state(view.seq, view.head, units - 1);
+  for (int g = 0; g < group; g++) {
+    const int query_head = view.head * group + g;
+    const int64_t index = static_cast<int64_t>(view.seq) * layer.num_heads + query_head;
+    float max = kNothing;
+    for (int64_t u = 0; u < units; u++) max = std::max(max, state(view.seq, view.head, u)[group * d + g]);
+
+    float packed = 0.0f, total = 0.0f, *sum = w.sums;
+    std::fill_n(sum, d, 0.0f);
+    for (int64_t u = 0; u < units - 1; u++) {
+      const float *x = state(view.seq, view.head, u);
+      if (x[group * d + g] == kNothing) continue;
+      const float weight = std::exp(x[group * d + g] - max);
+      packed += weight * x[group * d + group + g];
+      for (int i = 0; i < d; i++) sum[i] += weight * x[g * d + i];
+    }
+    if (packed > 0 && rotated(layer.v)) ops.hadamard(sum, 1, d);
+    if (mean)
+      for (int i = 0; i < d; i++) sum[i] += packed * mean[i];
+    total = packed;
+    if (exact[group * d + g] != kNothing) {
+      const float weight = std::exp(exact[group * d + g] - max);
+      total += weight * exact[group * d + group + g];
+      for (int i = 0; i < d; i++) sum[i] += weight * exact[g * d + i];
+    }
+    const bool any = max != kNothing;
+    const float inverse = any ? 1.0f / total : 0.0f, lse = any ? max + std::log(total) : kNothing;
+    for (int i = 0; i < d; i++) sum[i] *= inverse;
+    store_row(sum, args.out, args.dtype, view.seq * args.out_row_stride + query_head * args.out_head_stride, d);
+    if (args.lse) args.lse[index] = lse;
+    if (args.packed_mass) args.packed_mass[index] = packed * inverse;
+    if (!mass) continue;
+    float *row = mass_row(view.seq, query_head);
+    const int64_t seen[][2] = {{s.sinks_begin, s.sinks_end}, {s.packed_begin, s.packed_end}, {s.tail_begin, s.n}};
+    int64_t done = 0;
+    for (const auto &[from, to] : seen) {
+      if (from >= to || !any) continue;
+      std::fill(row + done, row + from, 0.0f);
+      ops.exp_sum(row + from, static_cast<int>(to - from), lse);
+      done = to;
+    }
+    std::fill(row + done, row + mass_stride, 0.0f);
+  }
+}
+
+void Call::sum_keys(const View &view, const Work &w) const {
+  const int heads = layer.num_heads, kv_heads = layer.num_kv_heads, block = layer.block_size;
+  const Span own = span(view);
+  std::fill_n(w.sums, static_cast<int64_t>(heads) * d, 0.0f);
+  for (int64_t slot = own.packed_begin; slot < own.packed_end;) {
+    const int64_t page = slot / block, stop = std::min(own.packed_end, (page + 1) * block);
+    if (sees_some(view, own, slot, stop)) {
+      decode_keys(ops, view, at, page, static_cast<int>(slot % block), static_cast<int>(stop - page * block), true,
+                  w.keys);
+      for (int h = 0; h < kv_heads; h++) {
+        // heads may be of unequal length where each has a list of its own
+        const Span theirs = span(View{layer, args.cache, view.seq, h});
+        const int64_t from = std::max(slot, theirs.packed_begin), to = std::min(stop, theirs.packed_end);
+        if (from >= to) continue;
+        ops.accumulate_rows(w.keys + (from - slot) * d, KV_F32, d, static_cast<int>(to - from), d,
+                            mass_row(view.seq, h * group) + from, static_cast<int>(mass_stride), group,
+                            w.sums + static_cast<int64_t>(h) * group * d);
+      }
+    }
+    slot = stop;
+  }
+  for (int q = 0; q < heads; q++) {
+    const int64_t at = ((static_cast<int64_t>(view.seq) * heads + q) * kv_heads + view.head) * d;
+    std::memcpy(args.key_sum + at, w.sums + static_cast<int64_t>(q) * d, sizeof(float) * static_cast<size_t>(d));
+  }
+}
+
+}  // namespace kvrt

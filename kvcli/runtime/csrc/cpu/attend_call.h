@@ -1,0 +1,74 @@
+// The inside of kvrt_attend: what one call knows, and its three steps.
+//
+//   units   the pages of one kv head are cut into units; each is a softmax of its own over its tokens. The exact tokens
+//           are one unit more. A unit's state is [group][head_dim] sums, then [group] maxima, then [group] masses.
+//   merge   the units of a head, in ascending order, become the output, the log-sum-exp and the weights per slot.
+//   keys    sums of decoded keys, which need the weights of all heads.
+//
+// The sums of packed values stay as stored, rotated and without their mean: rotation and mean come in once, in merge.
+#pragma once
+
+#include "transforms.h"
+
+namespace kvrt {
+
+constexpr int kChunk = 128;  // tokens of one softmax step; at least a page
+
+// Slots that the query of one head sees.
+struct Span {
+  int64_t n, sinks_begin, sinks_end, packed_begin, packed_end, tail_begin;
+  bool masked;  // a sliding window counted in positions, which slots do not tell
+};
+
+// Parts of a thread's scratch.
+struct Work {
+  float *query, *turned, *a, *b, *page_a, *page_b, *scores, *keys, *sums;
+};
+
+struct Call {
+  const kv_layer &layer;
+  const kvrt_attend_args &args;
+  const PageOps &ops;
+  kv_page_layout at;
+  int group, d, half;
+  bool decoded;           // keys are decoded to after RoPE first, because neither codes nor steps give their scores
+  bool steps;             // the keys' mean is added by steps from the page's first position
+  const float *step_cos;  // [half][block_size]
+  const float *step_sin;
+  float *mass;  // scores, then weights: the caller's, or scratch where only the keys' sums need it
+  int64_t mass_stride;
+  float *states;
+  int64_t unit_floats, units;  // of one head; the last is the exact one
+
+  static int64_t unit_size(const kv_layer &l) {
+    const int64_t group = l.num_heads / l.num_kv_heads;
+    return (group * l.head_dim + 2 * group + 15) / 16 * 16;
+  }
+  int64_t work_floats() const;
+  Work work_at(float *scratch) const;
+  Span span(const View &view) const;
+  bool sees(const View &view, int64_t slot) const;
+  bool sees_some(const View &view, const Span &span, int64_t first, int64_t last) const;
+  float *state(int s, int head, int64_t unit) const {
+    return states + ((static_cast<int64_t>(s) * layer.num_kv_heads + head) * units + unit) * unit_floats;
+  }
+  float *mass_row(int s, int query_head) const {
+    return mass + (static_cast<int64_t>(s) * layer.num_heads + query_head) * mass_stride;
+  }
+  // pages of a unit
+  void cut(const Span &span, int64_t unit, int64_t *from, int64_t *to) const;
+
+  void run_unit(const View &view, int64_t unit, const Work &work) const;
+  void merge(const View &view, const Work &work) const;
+  void sum_keys(const View &view, const Work &work) const;
+
+ private:
+  void load_query(const View &view, const Work &work) const;
+  void score(const View &view, int64_t page, int first, int last, const Work &work, float *scores) const;
+  void finish(const View &view, const Span &span, int64_t slot, int from, int to, float *scores) const;
+  void absorb(float *scores, int from, int to, float *state) const;
+  void run_pages(const View &view, const Span &span, int64_t from, int64_t to, const Work &work, float *state) const;
+  void run_rows(const View &view, const Span &span, bool sinks, const Work &work, float *state) const;
+};
+
+}  // namespace kvrt

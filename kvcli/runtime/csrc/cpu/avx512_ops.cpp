@@ -1,0 +1,209 @@
+// The inner loops for AVX-512 (F, BW, DQ, VL, VBMI, VNNI). Compile with -ffp-contract=off: fused operations are written
+// out where they are wanted, and dequantize and hadamard must round like the reference.
+#include "page_ops.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
+    defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+
+#include <math.h>
+#include <string.h>
+
+#include "avx512_pages.h"
+#include "avx512_rows.h"
+
+namespace kvrt {
+namespace {
+
+// ---- any format, one row at a time
+
+constexpr Spread<1> row_spread(int bits) {
+  Spread<1> s{};
+  for (int i = 0; i < 64; ++i) {
+    s.index[0].at[i] = uint8_t(i / 8 * bits + (i % 8 < bits ? i % 8 : 0));
+    s.shift.at[i] = uint8_t(i % 8 * bits);
+  }
+  return s;
+}
+constexpr Spread<1> kRow[5] = {row_spread(0), row_spread(1), row_spread(2), row_spread(3), row_spread(4)};
+
+// Up to 64 codes as bytes.
+inline __m512i unpack_row(const uint8_t *from, int count, int bits) {
+  const int bytes = count * bits / 8;
+  const __m512i packed = _mm512_maskz_loadu_epi8(bytes >= 64 ? ~0ull : (1ull << bytes) - 1, from);
+  if (bits == 8) return packed;
+  const __m512i spread = _mm512_permutexvar_epi8(kRow[bits].index[0], packed);
+  return _mm512_and_si512(_mm512_multishift_epi64_epi8(kRow[bits].shift, spread), _mm512_set1_epi8((1 << bits) - 1));
+}
+
+float half_at(const uint8_t *from, int64_t at, bool e5m3) {
+  uint16_t h;
+  if (e5m3) {
+    h = uint16_t(from[at] << 7);
+  } else {
+    memcpy(&h, from + 2 * at, 2);
+  }
+  return _cvtsh_ss(h);
+}
+
+// Scale (or zero) of every channel of row t.
+void row_scales(const kv_format &f, const uint8_t *from, bool e5m3, int head_dim, int t, float *out) {
+  if (f.axis == KV_TOKEN) {
+    const int groups = head_dim / f.group;
+    for (int i = 0; i < groups; ++i) {
+      const float x = half_at(from, (int64_t)t * groups + i, e5m3);
+      for (int c = 0; c < f.group; ++c) out[i * f.group + c] = x;
+    }
+    return;
+  }
+  const int64_t at = (int64_t)(t / f.group) * head_dim;
+  for (int c = 0; c < head_dim; c += 8) {
+    __m128i h;
+    if (e5m3) {
+      h = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)(from + at + c))), 7);
+    } else {
+      h = _mm_loadu_si128((const __m128i *)(from + 2 * (at + c)));
+    }
+    _mm256_storeu_ps(out + c, _mm256_cvtph_ps(h));
+  }
+}
+
+void dequantize(const kv_format &f, const uint8_t *codes, const uint8_t *scales, const uint8_t *zeros, int page_dtype,
+                int head_dim, int, int first, int last, float *out) {
+  const int64_t row_bytes = kv_row_bytes(&f, head_dim);
+  if (kv_is_exact(&f)) {
+    const int dtype = f.bits == 32 ? KV_F32 : page_dtype;
+    for (int t = first; t < last; ++t)
+      for (int c = 0; c < head_dim; c += 16) {
+        const __mmask16 mask = head_dim - c >= 16 ? 0xFFFF : 0xFF;
+        _mm512_mask_storeu_ps(out + (int64_t)(t - first) * head_dim + c, mask,
+                              load_row(codes + t * row_bytes, dtype, c, mask));
+      }
+    return;
+  }
+  alignas(64) float scale[KV_MAX_HEAD_DIM + 8], zero[KV_MAX_HEAD_DIM + 8];
+  const __m512 offset = _mm512_set1_ps(0.5f * ((1 << f.bits) - 1)), levels = _mm512_loadu_ps(f.levels);
+  for (int t = first; t < last; ++t) {
+    if (f.axis == KV_TOKEN || t == first || t % f.group == 0) {
+      row_scales(f, scales, f.scale_dtype == KV_SCALE_E5M3, head_dim, t, scale);
+      if (!f.symmetric) row_scales(f, zeros, false, head_dim, t, zero);
+    }
+    float *to = out + (int64_t)(t - first) * head_dim;
+    for (int c0 = 0; c0 < head_dim; c0 += 64) {
+      const int count = head_dim - c0 < 64 ? head_dim - c0 : 64;
+      alignas(64) uint8_t bytes[64];
+      _mm512_store_si512(bytes, unpack_row(codes + t * row_bytes + c0 * f.bits / 8, count, f.bits));
+      for (int i = 0; i < count; i += 16) {
+        const __m512i code = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)(bytes + i)));
+        const __m512 s = _mm512_load_ps(scale + c0 + i);
+        __m512 x;
+        if (f.table) {
+          x = _mm512_mul_ps(_mm512_permutexvar_ps(code, levels), s);
+        } else if (f.symmetric) {
+          x = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(code), offset), s);
+        } else {
+          x = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(code), s), _mm512_load_ps(zero + c0 + i));
+        }
+        _mm512_mask_storeu_ps(to + c0 + i, count - i >= 16 ? 0xFFFF : 0xFF, x);
+      }
+    }
+  }
+}
+
+// ---- pages
+
+using ScoreHeads = void (*)(const Section &, const float *, int, int, float *, int);
+using AccumulateHeads = void (*)(const Section &, const float *, int, int, int, float *);
+struct Heads {
+  ScoreHeads score[kHeads];
+  AccumulateHeads accumulate[kHeads];
+};
+
+template <int Bits, bool Words, bool Dense>
+constexpr Heads heads() {
+  return {{score_heads<Bits, Words, Dense, 1>, score_heads<Bits, Words, Dense, 2>, score_heads<Bits, Words, Dense, 3>,
+           score_heads<Bits, Words, Dense, 4>},
+          {accumulate_heads<Bits, Words, Dense, 1>, accumulate_heads<Bits, Words, Dense, 2>,
+           accumulate_heads<Bits, Words, Dense, 3>, accumulate_heads<Bits, Words, Dense, 4>}};
+}
+
+constexpr Heads kHeadLoops[3][2][2] = {
+    {{heads<2, false, false>(), heads<2, false, true>()}, {heads<2, true, false>(), heads<2, true, true>()}},
+    {{heads<3, false, false>(), heads<3, false, true>()}, {heads<3, true, false>(), heads<3, true, true>()}},
+    {{heads<4, false, false>(), heads<4, false, true>()}, {heads<4, true, false>(), heads<4, true, true>()}},
+};
+constexpr Heads kHeadLoops8 = heads<8, false, false>();
+
+// Null where a tile of 16 tokens or a step of 16 channels would straddle groups.
+const Heads *loops_for(const kv_format &f, int head_dim, int block_size) {
+  if (head_dim % 16 || block_size % kTile || f.group % 16) return nullptr;
+  if (f.bits == 8) return &kHeadLoops8;
+  const bool dense = head_dim == 64 && (f.axis == KV_CHANNEL || f.group == 64);
+  return &kHeadLoops[f.bits - 2][f.table ? 1 : 0][dense ? 1 : 0];
+}
+
+void score_page(const kv_layer &l, const kv_page_layout &at, const uint8_t *slice, const float *query, int group,
+                int first, int last, float *scores, int stride) {
+  const int d = l.head_dim;
+  const int64_t row_bytes = kv_row_bytes(&l.k, d);
+  if (first >= last) return;
+  if (kv_is_exact(&l.k)) {
+    score_rows(slice + at.k_codes + first * row_bytes, l.k.bits == 32 ? KV_F32 : l.page_dtype, d, last - first, d,
+               query, group, scores + first, stride);
+    return;
+  }
+  const Section s = {slice + at.k_codes, slice + at.k_scales, slice + at.k_zeros, &l.k, d, l.block_size, row_bytes};
+  if (const Heads *loops = loops_for(l.k, d, l.block_size)) {
+    for (int g = 0; g < group; g += kHeads)
+      loops->score[(group - g < kHeads ? group - g : kHeads) - 1](s, query + (int64_t)g * d, first, last,
+                                                                  scores + (int64_t)g * stride, stride);
+    return;
+  }
+  float rows[8 * KV_MAX_HEAD_DIM];
+  for (int t = first; t < last; t += 8) {
+    const int count = last - t < 8 ? last - t : 8;
+    dequantize(l.k, s.codes, s.scales, s.zeros, l.page_dtype, d, l.block_size, t, t + count, rows);
+    score_rows(rows, KV_F32, d, count, d, query, group, scores + t, stride);
+  }
+}
+
+void accumulate_page(const kv_layer &l, const kv_page_layout &at, const uint8_t *slice, const float *weights,
+                     int stride, int group, int first, int last, float *sums) {
+  const int d = l.head_dim;
+  const int64_t row_bytes = kv_row_bytes(&l.v, d);
+  if (first >= last) return;
+  if (kv_is_exact(&l.v)) {
+    accumulate_rows(slice + at.v_codes + first * row_bytes, l.v.bits == 32 ? KV_F32 : l.page_dtype, d, last - first, d,
+                    weights + first, stride, group, sums);
+    return;
+  }
+  const Section s = {slice + at.v_codes, slice + at.v_scales, slice + at.v_zeros, &l.v, d, l.block_size, row_bytes};
+  if (const Heads *loops = loops_for(l.v, d, l.block_size)) {
+    for (int g = 0; g < group; g += kHeads)
+      loops->accumulate[(group - g < kHeads ? group - g : kHeads) - 1](s, weights + (int64_t)g * stride, stride, first,
+                                                                       last, sums + (int64_t)g * d);
+    return;
+  }
+  float rows[8 * KV_MAX_HEAD_DIM];
+  for (int t = first; t < last; t += 8) {
+    const int count = last - t < 8 ? last - t : 8;
+    dequantize(l.v, s.codes, s.scales, s.zeros, l.page_dtype, d, l.block_size, t, t + count, rows);
+    accumulate_rows(rows, KV_F32, d, count, d, weights + t, stride, group, sums);
+  }
+}
+
+const PageOps kOps = {"avx512",  score_page, accumulate_page, add_mean_scores, score_rows, accumulate_rows,
+                      exp_sum, max_of,     dequantize,      hadamard};
+
+}  // namespace
+
+const PageOps *avx512_ops() { return &kOps; }
+
+}  // namespace kvrt
+
+#else
+
+namespace kvrt {
+const PageOps *avx512_ops() { return nullptr; }
+}  // namespace kvrt
+
+#endif
