@@ -1,7 +1,8 @@
 """The command line's table of contents.
 
-A new command is a module ``kvcli/cli/NAME.py`` with a function ``NAME`` and one line in :data:`COMMANDS`. The modules
-are imported to answer ``--help``, so they import whatever is heavy (torch, transformers) inside their functions.
+A new command is a module ``kvcli/cli/NAME.py`` with a function ``NAME`` and one line in :data:`COMMANDS`; a mapping of
+names to functions makes sub-commands. The modules are imported to answer ``--help``, so they import whatever is heavy
+(torch, transformers) inside their functions.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ COMMANDS = {
     "solve": "solve",
     "generate": "generate",
     "eval": "evaluate",
+    "bench": "bench",
     "inspect": "inspect",
     "plugins": "plugins",
     "doctor": "doctor",
 }
 """Command names, in the order of ``--help``, and the modules that hold them."""
 
+_Command = Callable[..., Any]
+_GROUPS = {"bench": "Time an artifact beside its peers, all in the same run."}
 _SECTION = re.compile(r"\n\n\w+\n-{3,}\n")
 
 
@@ -57,8 +61,14 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     for name, module in COMMANDS.items():
-        function: Callable[..., Any] = getattr(import_module(f"kvcli.cli.{module}"), module)
-        app.command(name, help=_help(function))(function)
+        found: _Command | dict[str, _Command] = getattr(import_module(f"kvcli.cli.{module}"), module)
+        if isinstance(found, dict):
+            group = typer.Typer(name=name, rich_markup_mode=None, help=_GROUPS[name])
+            for part, function in found.items():
+                group.command(part, help=_help(function))(function)
+            app.add_typer(group)
+        else:
+            app.command(name, help=_help(found))(found)
     return app
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +27,16 @@ def generate(
     exact: Annotated[
         bool, option("--exact", help="Use the 16-bit cache instead of the packed one, to compare.")
     ] = False,
+    backend: Annotated[
+        Literal["reference", "cpu", "cuda", "auto"],
+        option("--backend", help="What runs the model: Transformers, native kernels, or the fastest that is here."),
+    ] = "auto",
+    weights: Annotated[
+        Literal["none", "int4"], option("--weights", help="Keep the weights as they are, or in 4 bits (on the CPU).")
+    ] = "none",
+    deterministic: Annotated[
+        bool, option("--deterministic", help="Native backends: the same bits however a prompt is cut; slower prefill.")
+    ] = False,
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
     trust_remote_code: TrustRemoteCode = False,
@@ -41,12 +51,16 @@ def generate(
     Raises
     ------
     UsageError
-        If the model has no chat template, or a prompt does not fit its context.
+        If the model has no chat template, a prompt does not fit its context, or a setting does not fit the backend.
+    KvcliError
+        If the backend asked for is not there.
     """
     from dataclasses import replace
 
-    from kvcli.runtime.generation import Generator, Sampling
+    from kvcli.runtime.generation import Generator, Sampling, check_reference
 
+    if backend == "reference":
+        check_reference(weights, deterministic)
     if prompt == "-" and sys.stdin.isatty():
         raise UsageError("give a prompt, or pipe one prompt a line into stdin.")
     try:
@@ -56,7 +70,10 @@ def generate(
     subject = load_artifact(artifact, verify=not no_verify, trust_remote_code=trust_remote_code)
     if exact:
         subject = replace(subject, plan=subject.plan.as_exact(), tensors={})
-    generator = Generator(subject, Sampling(max_tokens, temperature, top_p, top_k, seed), chat=chat)
+    generator = Generator(
+        subject, Sampling(max_tokens, temperature, top_p, top_k, seed), chat=chat,
+        backend=backend, weights=weights, deterministic=deterministic,
+    )  # fmt: skip
     if prompt != "-":
         stream = None if json else (lambda text: print(text, end="", flush=True))
         found = generator.complete(prompt, stream)

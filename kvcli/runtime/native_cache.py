@@ -119,17 +119,19 @@ class NativeCache:
     def _store(self, index: int) -> LayerStore:
         plan, layer = self.plan, self.plan.layers[index]
         exact = getattr(torch, plan.exact_dtype)
-        pages = max(1, plan.num_pages(index, self.capacity))
+        pages = plan.num_pages(index, self.capacity)
+        if layer.window is not None:  # packed on their way out of the residual window, even if no query sees them then
+            pages = max(1, pages)
         logical = -(-self.capacity // plan.block_size)
         heads, dim = layer.num_kv_heads, layer.head_dim
         # A sliding layer's pages are used in turn: the one that fell behind the window is the next to be written.
-        tables = torch.arange(logical) % pages + torch.arange(self.batch_size)[:, None] * pages
+        tables = torch.arange(logical) % max(1, pages) + torch.arange(self.batch_size)[:, None] * pages
         return LayerStore(
             struct=kvrt.layer_struct(
                 plan, index, num_heads=self.geometry[index].num_heads, rope=self.rope_table, tensors=self._tensors
             ),
             pages=torch.zeros(
-                plan.num_pages(index, self.capacity) * self.batch_size, layer.page_bytes(plan.block_size),
+                pages * self.batch_size, layer.page_bytes(plan.block_size),
                 dtype=torch.uint8, device=self.device,
             ),
             tail=torch.zeros(self.batch_size, 2, heads, plan.tail(index), dim, dtype=exact, device=self.device),
@@ -217,13 +219,19 @@ class NativeCache:
 
     # --- a chunk of one sequence --------------------------------------------------------------------------------
 
-    def append_chunk(self, index: int, row: int, k: Tensor, v: Tensor) -> None:
-        """Append several tokens to one sequence: k and v [tokens, num_kv_heads, head_dim], keys after RoPE."""
+    def append_chunk(self, index: int, row: int, k: Tensor, v: Tensor, *, before: int | None = None) -> None:
+        """Append several tokens to one sequence: k and v [tokens, num_kv_heads, head_dim], keys after RoPE.
+
+        ``before`` is the length to append at, where the layer holds more than :meth:`advance` has counted.
+        """
         store = self.layers[index]
         tokens = k.shape[0]
-        starts = torch.tensor([0, tokens], dtype=torch.int32, device=self.device)
+        cache = self.cache_struct(store, row)
+        before = self.host_lengths[row] if before is None else before
+        starts = torch.tensor([0, tokens, before], dtype=torch.int32, device=self.device)
+        cache.lengths = starts[2:].data_ptr()
         a = kvrt.Append(
-            cache=self.cache_struct(store, row), starts=starts.data_ptr(), max_new=tokens, dtype=kvrt.DTYPES[k.dtype],
+            cache=cache, starts=starts.data_ptr(), max_new=tokens, dtype=kvrt.DTYPES[k.dtype],
             k=k.data_ptr(), v=v.data_ptr(), k_row_stride=k.stride(0), k_head_stride=k.stride(1),
             v_row_stride=v.stride(0), v_head_stride=v.stride(1),
         )  # fmt: skip
@@ -233,17 +241,21 @@ class NativeCache:
         self, index: int, row: int, first: int, count: int, dtype: torch.dtype, *, with_sinks: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Decode slots ``first`` … of one sequence: keys after RoPE and values, [num_kv_heads, count, head_dim]."""
-        store = self.layers[index]
-        heads, dim = store.struct.num_kv_heads, store.struct.head_dim
-        k, v = torch.empty(2, heads, count, dim, dtype=dtype, device=self.device)
+        struct = self.layers[index].struct
+        k, v = torch.empty(2, struct.num_kv_heads, count, struct.head_dim, dtype=dtype, device=self.device)
+        self.expand_into(index, row, first, k, v, with_sinks=with_sinks)
+        return k, v
+
+    def expand_into(self, index: int, row: int, first: int, k: Tensor, v: Tensor, *, with_sinks: bool = True) -> None:
+        """Decode slots ``first`` … of one sequence into k and v, [num_kv_heads, count, head_dim]."""
+        store, count = self.layers[index], k.shape[1]
         if count:
             a = kvrt.Expand(
-                cache=self.cache_struct(store, row), sequence=0, dtype=kvrt.DTYPES[dtype], first=first, count=count,
-                k=k.data_ptr(), v=v.data_ptr(), k_head_stride=count * dim, k_row_stride=dim,
-                v_head_stride=count * dim, v_row_stride=dim, keys_before_rope=0, with_sinks=int(with_sinks),
+                cache=self.cache_struct(store, row), sequence=0, dtype=kvrt.DTYPES[k.dtype], first=first, count=count,
+                k=k.data_ptr(), v=v.data_ptr(), k_head_stride=k.stride(0), k_row_stride=k.stride(1),
+                v_head_stride=v.stride(0), v_row_stride=v.stride(1), keys_before_rope=0, with_sinks=int(with_sinks),
             )  # fmt: skip
             self.library.call("expand", byref(store.struct), byref(a), byref(self.exec))
-        return k, v
 
     def tail_rows(self, index: int, row: int, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Return exact keys and values of slots ``first`` … from the tail, [num_kv_heads, count, head_dim]."""

@@ -376,7 +376,35 @@ def test_exact_generation_is_the_stock_models(pristine, tinystories, warm):
     ids = tokenizer("The dog", return_tensors="pt").input_ids
     out = stock.generate(ids, attention_mask=ids > -1, max_new_tokens=40, do_sample=False, pad_token_id=2)
     expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-    assert generated(warm, pristine, "The dog", "--max-tokens", 40, "--exact") == expected + "\n"
+    words = (pristine, "The dog", "--max-tokens", 40, "--exact", "--backend", "reference")
+    assert generated(warm, *words) == expected + "\n"
+
+
+def test_every_backend_continues_the_prompt(pristine, warm):
+    # in bfloat16 the backends round differently; in float32 they agree: tests/runtime/test_generation.py
+    words = (pristine, "Once upon a time", "--max-tokens", 24, "--json")
+    for more in ((), ("--exact",)):
+        backends = (("reference",), ("auto",), ("cpu",), ("cpu", "--deterministic"))
+        found = [json.loads(generated(warm, *words, "--backend", *x, *more)) for x in backends]
+        texts = [x.pop("text") for x in found]
+        assert all(x == found[0] for x in found)
+        assert all(len(x) > 40 for x in texts)
+        assert texts[1] == texts[2]
+
+
+def test_int4_weights_generate(pristine, warm):
+    found = json.loads(generated(warm, pristine, "Once upon a time", "--max-tokens", 8, "--json", "--weights", "int4"))
+    assert found["completion_tokens"] == 8
+    again = generated(warm, pristine, "-", "--max-tokens", 8, input="The dog\n" * 2, env={"KVCLI_WEIGHTS": "int4"})
+    assert len(set(again.splitlines())) == 1
+
+
+def test_what_a_backend_cannot_do_is_refused(pristine, warm):
+    words = ("generate", pristine, "The dog", "--max-tokens", 2, "--backend")
+    refused(warm(*words, "reference", "--weights", "int4"), 2, "native runtime")
+    refused(warm(*words, "reference", "--deterministic"), 2, "native runtime")
+    refused(warm(*words, "cuda"), 1, "GPU", json_too=True)
+    refused(warm(*words, "tpu"), 2, "tpu")
 
 
 def test_chat_needs_a_template(pristine, warm):
