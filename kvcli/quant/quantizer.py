@@ -88,10 +88,15 @@ def sum_by_halves(x: Tensor, axis: int) -> Tensor:
     return sums
 
 
+def nearest_root(x: Tensor) -> Tensor:
+    """Return the float32 nearest to the square root, as other backends have it; torch's own may be the next but one."""
+    return x.double().sqrt().float()
+
+
 def _table(x: Tensor, axis: int, fmt: KVFormat) -> tuple[Tensor, Tensor, None]:
     """Choose codes on a table, with the least-squares gain folded into the stored scale."""
     table = grids.levels(fmt.grid, fmt.bits).to(x.device)
-    sigma = (sum_by_halves(x.square(), axis) / x.shape[axis]).sqrt()
+    sigma = nearest_root(sum_by_halves(x.square(), axis) / x.shape[axis])
     points = table[_nearest(x * _inverse(sigma), table)]
     gain = sum_by_halves(x * points, axis) / sum_by_halves(points.square(), axis)
     stored = encode_scales(gain.clamp(min=0), fmt.scale_dtype)

@@ -241,9 +241,9 @@ class Generator:
         choose, ends = Sampler(self.sampling, prompt, penalty or 1.0), self._ends
         if streamer:
             streamer.put(ids)
-        out = [choose(runner.prefill(prompt))]
         if runner.device.type == "cuda" and count > 2:
             runner.capture()
+        out = [choose(runner.prefill(prompt))]
         token = torch.zeros(1, dtype=torch.int64)
         while True:
             if streamer:

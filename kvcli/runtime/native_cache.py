@@ -19,6 +19,7 @@ from kvcli.errors import UsageError
 from kvcli.models.architectures import LayerGeometry, Rope
 from kvcli.plan import CachePlan
 from kvcli.runtime import kvrt
+from kvcli.runtime.arena import Arena, size
 
 EVEN_SPLITS = 8  # parts a sequence's pages are cut into by default
 DETERMINISTIC_TOKENS = 512  # tokens of one split where results must not depend on how many there are
@@ -110,34 +111,40 @@ class NativeCache:
         if deterministic:
             self.split_pages = max(1, DETERMINISTIC_TOKENS // plan.block_size)
             self.splits = max(1, -(-capacity // (self.split_pages * plan.block_size)))
-        self.layers = [self._store(i) for i in range(len(plan.layers))]
+        shapes = [self._shapes(i) for i in range(len(plan.layers))]
+        arena = Arena(sum(size(*shape, dtype=dtype) for x in shapes for shape, dtype in x), self.device)
+        self.layers = [self._store(i, [arena.take(*x, dtype=d) for x, d in s]) for i, s in enumerate(shapes)]
         need = max(self.library.workspace_bytes(x.struct, batch_size, self.splits) for x in self.layers)
         self._workspace = torch.empty(max(16, need), dtype=torch.uint8, device=self.device)
         for store in self.layers:
             self._prepare(store)
 
-    def _store(self, index: int) -> LayerStore:
-        plan, layer = self.plan, self.plan.layers[index]
-        exact = getattr(torch, plan.exact_dtype)
-        pages = plan.num_pages(index, self.capacity)
-        if layer.window is not None:  # packed on their way out of the residual window, even if no query sees them then
-            pages = max(1, pages)
+    def _pages(self, index: int) -> int:
+        """Pages of one layer and one sequence."""
+        pages = self.plan.num_pages(index, self.capacity)
+        # a sliding layer packs tokens on their way out of the residual window, even if no query sees them then
+        return pages if self.plan.layers[index].window is None else max(1, pages)
+
+    def _shapes(self, index: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of a layer's pages, tail and sinks."""
+        plan, layer, batch = self.plan, self.plan.layers[index], self.batch_size
+        exact, heads, dim = getattr(torch, plan.exact_dtype), layer.num_kv_heads, layer.head_dim
+        return [
+            ((self._pages(index) * batch, layer.page_bytes(plan.block_size)), torch.uint8),
+            ((batch, 2, heads, plan.tail(index), dim), exact),
+            ((batch, 2, heads, plan.sinks(index), dim), exact),
+        ]
+
+    def _store(self, index: int, storage: list[Tensor]) -> LayerStore:
+        plan, pages = self.plan, self._pages(index)
         logical = -(-self.capacity // plan.block_size)
-        heads, dim = layer.num_kv_heads, layer.head_dim
         # A sliding layer's pages are used in turn: the one that fell behind the window is the next to be written.
         tables = torch.arange(logical) % max(1, pages) + torch.arange(self.batch_size)[:, None] * pages
-        return LayerStore(
-            struct=kvrt.layer_struct(
-                plan, index, num_heads=self.geometry[index].num_heads, rope=self.rope_table, tensors=self._tensors
-            ),
-            pages=torch.zeros(
-                pages * self.batch_size, layer.page_bytes(plan.block_size),
-                dtype=torch.uint8, device=self.device,
-            ),
-            tail=torch.zeros(self.batch_size, 2, heads, plan.tail(index), dim, dtype=exact, device=self.device),
-            sinks=torch.zeros(self.batch_size, 2, heads, plan.sinks(index), dim, dtype=exact, device=self.device),
-            block_tables=tables.to(torch.int32).to(self.device).contiguous(),
-        )  # fmt: skip
+        struct = kvrt.layer_struct(
+            plan, index, num_heads=self.geometry[index].num_heads, rope=self.rope_table, tensors=self._tensors
+        )
+        page_pool, tail, sinks = storage
+        return LayerStore(struct, page_pool, tail, sinks, tables.to(torch.int32).to(self.device).contiguous())
 
     def _prepare(self, store: LayerStore) -> None:
         heads, dim = store.struct.num_kv_heads, store.struct.head_dim

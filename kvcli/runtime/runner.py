@@ -198,10 +198,14 @@ class ModelRunner:
         self.cache.lengths.add_(1)
 
     def capture(self) -> None:
-        """Record a step of decoding as a CUDA graph, which later steps replay; lengths live on the device."""
+        """Record a step of decoding as a CUDA graph, which later steps replay; lengths live on the device.
+
+        The cache must be empty: recording runs a step, and the token it appends takes another's place in a full tail.
+        """
+        if any(self.cache.host_lengths):
+            raise KvcliError("a graph is recorded while the cache is empty.")
         if self.device.type != "cuda":
             raise KvcliError("only a GPU records graphs.")
-        lengths = list(self.cache.host_lengths)
         side: Any = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries allocate on first use, which a recording does not allow
@@ -212,8 +216,7 @@ class ModelRunner:
         with torch.cuda.graph(self._graph):
             self._use_stream()
             self._run_step()
-        for row, length in enumerate(lengths):  # the first run wrote one token too many, which the next writes over
-            self.cache.advance_to(length, row)
+        self.cache.reset()  # the token of the first run is the first to be written over
 
     def _use_stream(self) -> None:
         if self.device.type == "cuda":

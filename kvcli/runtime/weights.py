@@ -38,6 +38,9 @@ def check_runnable(config: PretrainedConfig, plan: CachePlan) -> None:
     check_model_type(config.model_type)
     if config.hidden_act not in ("silu", "swish"):
         raise InputError(f"the native runtime computes SiLU, and the model uses {config.hidden_act!r}.")
+    if quantised := getattr(config, "quantization_config", None):
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise InputError(f"the native runtime does not read weights quantised by {getattr(kind, 'value', kind)}.")
     if plan.dtype == "float64":
         raise InputError("the native runtime does not compute in float64.")
     for i, layer in enumerate(plan.layers):
@@ -81,7 +84,8 @@ class ModelWeights:
         self.embedding: Tensor = self._move(model.model.embed_tokens.weight)
         self.norm: Tensor = self._move(model.model.norm.weight)
         self.eps = float(model.config.rms_norm_eps)
-        self.head = self._linear(model.lm_head, release=False)
+        tied = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+        self.head = self._linear(model.lm_head, release=False, moved=self.embedding if tied else None)
         if kind == "int4":
             _release(model.lm_head, model.model.embed_tokens)
         self.layers = [self._layer(x) for x in model.model.layers]
@@ -103,8 +107,8 @@ class ModelWeights:
             down=self._linear(mlp.down_proj),
         )
 
-    def _linear(self, *modules: nn.Linear, release: bool = True) -> Linear:
-        """Put layers that read the same input into one."""
+    def _linear(self, *modules: nn.Linear, release: bool = True, moved: Tensor | None = None) -> Linear:
+        """Put layers that read the same input into one; ``moved`` is what became of the weights already."""
         weight, bias = fuse([m.weight for m in modules]), None
         if modules[0].bias is not None:
             bias = torch.cat([m.bias.detach() for m in modules]).to(self._device, self._dtype)
@@ -114,7 +118,7 @@ class ModelWeights:
             if release:
                 _release(*modules)
         else:
-            made = Dense(self._move(weight), bias)
+            made = Dense(self._move(weight) if moved is None else moved, bias)
         return Blocks(made, self._block) if self._block else made
 
     @property

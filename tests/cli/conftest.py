@@ -6,12 +6,23 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+pytest.register_assert_rewrite("cli_checks")
+sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
+
+from cli_checks import CORPUS, Run, names  # noqa: E402
+
+RECIPE = """
+search:
+  center: true
+  k: [{bits: [2, 4, 8], group: 16, scale_dtype: e5m3}]
+  v: [{bits: [2, 4, 8], group: 16, scale_dtype: e5m3}]
+  residual_windows: [0, 16]
+"""
 
 # Importing torch and transformers takes seconds. This imports them once and forks for every command line: each is a
 # process of its own, with its own arguments, environment, streams and exit code.
@@ -129,3 +140,28 @@ def model(tinystories: Path, tmp_path: Path) -> Path:
     shutil.copytree(tinystories, copied, copy_function=shutil.copyfile)
     copied.chmod(0o755)
     return copied
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """Options that calibrate in a second."""
+    recipe = tmp_path_factory.mktemp("small") / "small.yaml"
+    recipe.write_text(RECIPE)
+    return ("--context", 512, "--tokens", 1024, "--recipe", recipe)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """Options that evaluate on a text of our own, in a moment."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(CORPUS)
+    return ("--data", file, "--window", 64, "--limit", 1)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Iterator[Path]:
+    """Where an artifact would be written; nothing may be left there, and beside it only hidden stages."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    yield folder / "artifact"
+    assert names(folder) in ([], [".artifact.stages"])

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "runtime" / "native")]  # tests are no package
 
 import cpu_store  # noqa: E402
-import test_kernels as kernels  # noqa: E402
+import kernel_checks as kernels  # noqa: E402
 from cuda_on_cpu.build import KERNELS, CannotBuild, build  # noqa: E402
 from cuda_on_cpu.mutation import Mutant, mutants  # noqa: E402
 
@@ -47,7 +47,7 @@ def appends(schedule: int, library: kernels.Emulated) -> None:
             store.append([kv])
             kernels.feed(plain, 0, kv)
         kernels.assert_same_storage(store, plain)
-    kernels.test_token_by_token(0, schedule, library)
+    kernels.check_token_by_token(0, schedule, library)
 
 
 def attends(schedule: int, library: kernels.Emulated) -> None:
@@ -68,14 +68,14 @@ def attends(schedule: int, library: kernels.Emulated) -> None:
 
 def expands(schedule: int, library: kernels.Emulated) -> None:
     del schedule, library
-    kernels.test_expanding_equals_reading(KVFormat(4), "before")
-    kernels.test_expanding_equals_reading(KVFormat(4), "after")
+    kernels.check_expanding(KVFormat(4), "before")
+    kernels.check_expanding(KVFormat(4), "after")
 
 
 def fuses(schedule: int, library: kernels.Emulated) -> None:
     del schedule
-    kernels.test_hadamard_is_the_reference_s_bit_for_bit(64, library)
-    kernels.test_norms_and_gates(torch.float32, library)
+    kernels.check_hadamard(64, library)
+    kernels.check_norms_and_gates(torch.float32, library)
 
 
 # In which order checks are most likely to find a mutant of a file.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,3 +115,19 @@ def test_auto_takes_what_is_there(subject: PackedModel, monkeypatch: pytest.Monk
         Generator(subject, Sampling(), backend="cuda")
     with pytest.raises(UsageError, match="native"):
         Generator(subject, Sampling(), backend="auto", weights="int4")
+
+
+def test_a_graph_is_recorded_while_the_cache_is_empty(subject: PackedModel) -> None:
+    calls: list[str] = []
+    logits = torch.arange(subject.loaded.model.config.vocab_size).float()
+
+    def said(name: str, result: Any = None) -> Callable[..., Any]:
+        return lambda *_, **__: calls.append(name) or result
+
+    generator: Any = Generator(subject, Sampling(max_tokens=3), backend="cpu")
+    generator._runner = SimpleNamespace(
+        device=torch.device("cuda"), cache=SimpleNamespace(nbytes=0), resize=said("resize"), capture=said("capture"),
+        prefill=said("prefill", logits), decode=said("decode", logits[None]),
+    )  # fmt: skip
+    assert generator.complete(PROMPT).completion_tokens == 3
+    assert calls == ["resize", "capture", "prefill", "decode", "decode"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from kvcli.errors import InputError, UsageError
+from kvcli.errors import InputError, KvcliError, UsageError
 from kvcli.models.architectures import Rope, geometry
 from kvcli.models.loading import LoadedModel, load
 from kvcli.plan import CachePlan
@@ -305,18 +305,32 @@ def test_int4_weights_run_as_their_dequantised_selves(tied: bool, plan_for: Plan
     assert runner.nbytes["weights"] < dense_bytes / 4
 
 
+def test_a_tied_embedding_stays_one_matrix_in_another_dtype(plan_for: PlanFor) -> None:
+    model = small_llama(tie_word_embeddings=True)
+    weights = ModelRunner(loaded_of(model), plan_for(model, EXACT, EXACT), capacity=8, dtype=torch.bfloat16).weights
+    head: Any = weights.head
+    assert head.weight.data_ptr() == weights.embedding.data_ptr()
+    assert weights.nbytes == sum(x.nbytes for x in model.parameters()) // 2
+
+
 def test_what_cannot_be_run_is_refused(plan_for: PlanFor) -> None:
     model = small_llama(hidden_act="gelu")
     plan = plan_for(model, EXACT, EXACT)
     with pytest.raises(InputError, match="gelu"):
         ModelRunner(loaded_of(model), plan, capacity=8)
     model = small_llama()
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with pytest.raises(InputError, match="bitsandbytes"):
+        ModelRunner(loaded_of(model), plan, capacity=8)
+    del model.config.quantization_config
     with pytest.raises(UsageError, match="bfloat16"):
         ModelRunner(loaded_of(model), plan, capacity=8, weights="int4", dtype=torch.float32)
     runner = ModelRunner(loaded_of(model), plan, capacity=8)
     with pytest.raises(UsageError, match="do not fit"):
         runner.prefill(random_ids(9))
     runner.prefill(random_ids(8))
+    with pytest.raises(KvcliError, match="empty"):  # a recording runs a step, which may write over what is needed
+        runner.capture()
     with pytest.raises(UsageError, match="do not fit"):
         runner.decode(random_ids(1))
     with pytest.raises(UsageError, match="no tokens"):

@@ -31,7 +31,8 @@ bool check_scores(const PageOps &ops, const Case &k, int group, int first, int l
     ops.score_rows(k.c + first * kv_row_bytes(&k.f, d), dtype, d, last - first, d, query.data(), group,
                    scores.data() + first, stride);
   } else {
-    ops.score_page(k.layer, k.at, k.c, query.data(), group, first, last, scores.data(), stride);
+    const uint8_t *slices[2 * (kvrt::kRunTokens / 16)] = {k.c};
+    ops.score_pages(k.layer, k.at, slices, query.data(), group, first, last, scores.data(), stride);
   }
   for (int g = 0; g < group; ++g)
     for (int t = 0; t < stride; ++t) {
@@ -40,7 +41,7 @@ bool check_scores(const PageOps &ops, const Case &k, int group, int first, int l
       if (t < first || t >= last) {
         if (got == kUntouched) continue;
         snprintf(detail, sizeof detail, "group %d tokens %d..%d wrote head %d token %d", group, first, last, g, t);
-        return fail(ops, rows ? "score_rows" : "score_page", &k, detail);
+        return fail(ops, rows ? "score_rows" : "score_pages", &k, detail);
       }
       double want = 0, qq = 0, kk = 0, peak = 0;  // peak: what one channel can add; integers are relative to it
       for (int c = 0; c < d; ++c) {
@@ -50,7 +51,7 @@ bool check_scores(const PageOps &ops, const Case &k, int group, int first, int l
       if (fabs(got - want) <= 1e-4 * sqrt(qq * std::max(kk, mean)) + 5e-5 * peak * sqrt(double(d)) + 1e-6) continue;
       snprintf(detail, sizeof detail, "group %d tokens %d..%d head %d token %d: %g, not %g (|q||k| %g)", group, first,
                last, g, t, got, want, sqrt(qq * kk));
-      return fail(ops, rows ? "score_rows" : "score_page", &k, detail);
+      return fail(ops, rows ? "score_rows" : "score_pages", &k, detail);
     }
   return true;
 }
@@ -68,7 +69,8 @@ bool check_sums(const PageOps &ops, const Case &k, int group, int first, int las
     ops.accumulate_rows(k.c + first * kv_row_bytes(&k.f, d), dtype, d, last - first, d, weights.data() + first, stride,
                         group, sums.data());
   } else {
-    ops.accumulate_page(k.layer, k.at, k.c, weights.data(), stride, group, first, last, sums.data());
+    const uint8_t *slices[2 * (kvrt::kRunTokens / 16)] = {k.c};
+    ops.accumulate_pages(k.layer, k.at, slices, weights.data(), stride, group, first, last, sums.data());
   }
   for (int g = 0; g < group; ++g) {
     double most = 0, top = 0;  // the longest weighted token, the largest weight
@@ -93,7 +95,7 @@ bool check_sums(const PageOps &ops, const Case &k, int group, int first, int las
       char detail[200];
       snprintf(detail, sizeof detail, "group %d tokens %d..%d head %d channel %d: %g, not %g (size %g, most %g)", group,
                first, last, g, c, got, want, size, most);
-      return fail(ops, rows ? "accumulate_rows" : "accumulate_page", &k, detail);
+      return fail(ops, rows ? "accumulate_rows" : "accumulate_pages", &k, detail);
     }
   }
   return true;
@@ -159,17 +161,20 @@ bool check_softmax(const PageOps &ops) {
 
 bool check_mean(const PageOps &ops, int half, int block, int group, int first, int last) {
   const int stride = block + 1;
-  std::vector<float> a(group * half), b(a), cs(half * block), sn(cs), x(group * stride), y;
-  for (auto *v : {&a, &b, &cs, &sn, &x})
+  std::vector<float> a(group * half), b(a), cs(half * block), sn(cs), x(group * stride), y, row(2 * half);
+  for (auto *v : {&a, &b, &cs, &sn, &x, &row})
     for (auto &e : *v) e = normal();
   y = x;
-  ops.add_mean_scores(a.data(), b.data(), cs.data(), sn.data(), half, block, group, first, last, x.data(), stride);
+  const float *rows[] = {row.data()};
+  ops.add_mean_scores(a.data(), b.data(), rows, cs.data(), sn.data(), half, block, group, first, last, x.data(), stride);
   for (int g = 0; g < group; ++g)
     for (int t = 0; t < stride; ++t) {
       double want = y[g * stride + t];
-      for (int i = 0; t >= first && t < last && i < half; ++i)
-        want += double(a[g * half + i]) * cs[i * block + t] + double(b[g * half + i]) * sn[i * block + t];
-      if (fabs(x[g * stride + t] - want) > 1e-5 * (1 + sqrt(double(half))))
+      for (int i = 0; t >= first && t < last && i < half; ++i) {
+        const double p = a[g * half + i], q = b[g * half + i], c = row[i], d = row[half + i];
+        want += (p * c + q * d) * cs[i * block + t] + (q * c - p * d) * sn[i * block + t];
+      }
+      if (fabs(x[g * stride + t] - want) > 2e-5 * (1 + sqrt(double(half))))
         return fail(ops, "add_mean_scores", nullptr, "");
     }
   return true;
@@ -187,7 +192,7 @@ bool check_all(const PageOps &ops) {
   Case k;
   long cases = 0;
   for (int d : {8, 16, 40, 64, 80, 96, 128, 256})
-    for (int block : {8, 16, 32, 64, 128})
+    for (int block : {16, 32, 64, 128})
       for (int bits : {2, 3, 4, 8, 16, 32})
         for (int kind = 0; kind < 3; ++kind)  // symmetric, asymmetric, table
           for (int axis = 0; axis < 2; ++axis)
@@ -243,20 +248,23 @@ Times time_pages(const PageOps &ops, const kv_layer &l, const std::vector<uint8_
   const kv_page_layout at = kv_layout_of(&l);
   const int d = l.head_dim, b = l.block_size;
   const int pages = int(total / size_t(at.head_bytes)), passes = total > (8u << 20) ? 4 : 60;
-  std::vector<float> query(size_t(group) * d), scores(size_t(group) * b), sums(query), weights(scores);
+  const int run = kvrt::kRunTokens / b;
+  std::vector<float> query(size_t(group) * d), scores(size_t(group) * run * b), sums(query), weights(scores);
   for (auto &x : query) x = normal();
   for (auto &x : weights) x = expf(normal());
   const uint8_t *base = memory.data() + (64 - uintptr_t(memory.data()) % 64);
+  std::vector<const uint8_t *> slices;
+  for (int p = 0; p < pages + 2 * run; ++p) slices.push_back(p < pages ? base + int64_t(p) * at.head_bytes : nullptr);
   Times best;
   for (int pass = 0; pass < passes; ++pass) {
     double start = now();
-    for (int p = 0; p < pages; ++p)
-      ops.score_page(l, at, base + int64_t(p) * at.head_bytes, query.data(), group, 0, b, scores.data(), b);
-    best.score = std::min(best.score, (now() - start) / pages);
+    for (int p = 0; p + run <= pages; p += run)
+      ops.score_pages(l, at, &slices[p], query.data(), group, 0, run * b, scores.data(), run * b);
+    best.score = std::min(best.score, (now() - start) / (pages / run * run));
     start = now();
-    for (int p = 0; p < pages; ++p)
-      ops.accumulate_page(l, at, base + int64_t(p) * at.head_bytes, weights.data(), b, group, 0, b, sums.data());
-    best.sum = std::min(best.sum, (now() - start) / pages);
+    for (int p = 0; p + run <= pages; p += run)
+      ops.accumulate_pages(l, at, &slices[p], weights.data(), run * b, group, 0, run * b, sums.data());
+    best.sum = std::min(best.sum, (now() - start) / (pages / run * run));
   }
   return best;
 }

@@ -9,7 +9,7 @@ namespace kvrt {
 static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 int64_t Call::work_floats() const {
-  return 2 * group * d + 4 * group * half + group * kChunk + layer.block_size * d +
+  return 2 * group * d + 2 * group * half + group * kChunk + layer.block_size * d +
          static_cast<int64_t>(args.key_sum ? layer.num_heads : group) * d;
 }
 
@@ -21,8 +21,6 @@ Work Call::work_at(float *x) const {
   w.keys = x, x += layer.block_size * d;
   w.a = x, x += group * half;
   w.b = x, x += group * half;
-  w.page_a = x, x += group * half;
-  w.page_b = x, x += group * half;
   w.sums = x;
   return w;
 }
@@ -77,32 +75,36 @@ void Call::load_query(const View &view, const Work &w) const {
   }
 }
 
-// scores of one page's tokens into columns first ... last - 1
-void Call::score(const View &view, int64_t page, int first, int last, const Work &w, float *scores) const {
-  const uint8_t *slice = view.slice(page, at);
+// scores of tokens first ... last - 1 of a run of pages that begins with `page`
+void Call::score_run(const View &view, int64_t page, const uint8_t *const *slices, int first, int last,
+                     const Work &w) const {
+  const int block = layer.block_size;
+  if (kv_is_exact(&layer.k) || decoded) {
+    for (int begin = first / block * block; begin < last; begin += block) {
+      fetch_ahead(slices, begin / block, block, at.k_codes, at.v_codes);
+      score_page(view, page + begin / block, slices[begin / block], std::max(first - begin, 0),
+                 std::min(last - begin, block), w, w.scores + begin);
+    }
+    return;
+  }
+  ops.score_pages(layer, at, slices, w.turned, group, first, last, w.scores, kChunk);
+  if (!steps) return;
+  const float *rows[kChunk / 16];
+  for (int p = 0; p * block < last; p++) rows[p] = rope_row(view, (page + p) * block);
+  ops.add_mean_scores(w.a, w.b, rows, step_cos, step_sin, half, block, group, first, last, w.scores, kChunk);
+}
+
+// the same for one page whose keys are exact, or have to be decoded first
+void Call::score_page(const View &view, int64_t page, const uint8_t *slice, int first, int last, const Work &w,
+                      float *scores) const {
   if (kv_is_exact(&layer.k)) {
     const int dtype = exact_page_dtype(layer, layer.k);
     ops.score_rows(slice + at.k_codes + first * d * dtype_bytes(dtype), dtype, d, last - first, d, w.query, group,
                    scores + first, kChunk);
     return;
   }
-  if (decoded) {
-    decode_keys(ops, view, at, page, first, last, false, w.keys);
-    ops.score_rows(w.keys, KV_F32, d, last - first, d, w.query, group, scores + first, kChunk);
-    return;
-  }
-  ops.score_page(layer, at, slice, w.turned, group, first, last, scores, kChunk);
-  if (!steps) return;
-  const float *row = rope_row(view, page * layer.block_size);
-  for (int g = 0; g < group; g++) {
-    const float *a = w.a + g * half, *b = w.b + g * half;
-    for (int i = 0; i < half; i++) {
-      w.page_a[g * half + i] = a[i] * row[i] + b[i] * row[i + half];
-      w.page_b[g * half + i] = b[i] * row[i] - a[i] * row[i + half];
-    }
-  }
-  ops.add_mean_scores(w.page_a, w.page_b, step_cos, step_sin, half, layer.block_size, group, first, last, scores,
-                      kChunk);
+  decode_keys(ops, view, at, page, first, last, false, w.keys);
+  ops.score_rows(w.keys, KV_F32, d, last - first, d, w.query, group, scores + first, kChunk);
 }
 
 // soft cap, mask, and a copy for the caller; column c is slot + c
@@ -141,36 +143,37 @@ void Call::absorb(float *scores, int from, int to, float *state) const {
 }
 
 void Call::run_pages(const View &view, const Span &span, int64_t from, int64_t to, const Work &w, float *state) const {
-  const int64_t block = layer.block_size, step = kChunk / block;
-  bool needed[kChunk];
+  // a run that may have holes, because a window is counted in positions, is taken page by page
+  const int64_t block = layer.block_size, step = span.masked ? 1 : kChunk / block;
+  const uint8_t *slices[2 * (kChunk / 16)];  // of this run and of the next
   for (int64_t p = from; p < to; p += step) {
     const int64_t slot = p * block, stop = std::min(p + step, to);
     const int begin = static_cast<int>(std::max(span.packed_begin, slot) - slot);
     const int end = static_cast<int>(std::min(span.packed_end, stop * block) - slot);
-    for (int64_t i = p; i < stop; i++) {
-      const int column = static_cast<int>((i - p) * block);
-      const int first = std::max(begin - column, 0), last = static_cast<int>(std::min<int64_t>(end - column, block));
-      needed[i - p] = sees_some(view, span, i * block + first, i * block + last);
-      if (needed[i - p])
-        score(view, i, first, last, w, w.scores + column);
-      else
-        for (int g = 0; g < group; g++)
-          for (int t = first; t < last; t++) w.scores[g * kChunk + column + t] = kNothing;
+    if (!sees_some(view, span, slot + begin, slot + end)) {
+      for (int g = 0; g < group && mass; g++)
+        std::fill_n(mass_row(view.seq, view.head * group + g) + slot + begin, end - begin, kNothing);
+      continue;
     }
+    for (int64_t i = 0; i < 2 * (kChunk / block); i++) {
+      const int64_t page = i < kChunk / block ? p + i : p + step + i - kChunk / block;
+      const bool there = i < kChunk / block ? page < stop : page < to && view.has_page(page);
+      slices[i] = there ? view.slice(page, at) : nullptr;
+    }
+    score_run(view, p, slices, begin, end, w);
     finish(view, span, slot, begin, end, w.scores);
     absorb(w.scores, begin, end, state);
+    if (!kv_is_exact(&layer.v)) {
+      ops.accumulate_pages(layer, at, slices, w.scores, kChunk, group, begin, end, state);
+      continue;
+    }
+    const int dtype = exact_page_dtype(layer, layer.v);
     for (int64_t i = p; i < stop; i++) {
-      if (!needed[i - p]) continue;
       const int column = static_cast<int>((i - p) * block);
       const int first = std::max(begin - column, 0), last = static_cast<int>(std::min<int64_t>(end - column, block));
-      const uint8_t *slice = view.slice(i, at);
-      if (kv_is_exact(&layer.v)) {
-        const int dtype = exact_page_dtype(layer, layer.v);
-        ops.accumulate_rows(slice + at.v_codes + first * d * dtype_bytes(dtype), dtype, d, last - first, d,
-                            w.scores + column + first, kChunk, group, state);
-      } else {
-        ops.accumulate_page(layer, at, slice, w.scores + column, kChunk, group, first, last, state);
-      }
+      fetch_ahead(slices, static_cast<int>(i - p), static_cast<int>(block), at.v_codes, at.head_bytes);
+      ops.accumulate_rows(slices[i - p] + at.v_codes + first * d * dtype_bytes(dtype), dtype, d, last - first, d,
+                          w.scores + column + first, kChunk, group, state);
     }
   }
 }

@@ -12,7 +12,7 @@
 
 namespace kvrt {
 
-constexpr int kChunk = 128;  // tokens of one softmax step; at least a page
+constexpr int kChunk = kRunTokens;  // tokens of one softmax step
 
 // Slots that the query of one head sees.
 struct Span {
@@ -22,7 +22,7 @@ struct Span {
 
 // Parts of a thread's scratch.
 struct Work {
-  float *query, *turned, *a, *b, *page_a, *page_b, *scores, *keys, *sums;
+  float *query, *turned, *a, *b, *scores, *keys, *sums;
 };
 
 struct Call {
@@ -64,7 +64,10 @@ struct Call {
 
  private:
   void load_query(const View &view, const Work &work) const;
-  void score(const View &view, int64_t page, int first, int last, const Work &work, float *scores) const;
+  void score_run(const View &view, int64_t page, const uint8_t *const *slices, int first, int last,
+                 const Work &work) const;
+  void score_page(const View &view, int64_t page, const uint8_t *slice, int first, int last, const Work &work,
+                  float *scores) const;
   void finish(const View &view, const Span &span, int64_t slot, int from, int to, float *scores) const;
   void absorb(float *scores, int from, int to, float *state) const;
   void run_pages(const View &view, const Span &span, int64_t from, int64_t to, const Work &work, float *state) const;

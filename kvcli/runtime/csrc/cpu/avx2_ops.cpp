@@ -1,6 +1,6 @@
 // The inner loops for AVX2 (with FMA and F16C), in float32: a few rows of a page are decoded, then multiplied. Compile
 // with -ffp-contract=off: fused operations are written out, and dequantize and hadamard must round like the reference.
-#include "page_ops.h"
+#include "page_runs.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
@@ -347,7 +347,7 @@ void hadamard(float *x, int64_t rows, int head_dim) {
   }
 }
 
-const PageOps kOps = {"avx2",  score_page, accumulate_page, add_mean_scores, score_rows, accumulate_rows,
+const PageOps kOps = {"avx2", score_each<score_page>, accumulate_each<accumulate_page>, add_mean_each<add_mean_scores>, score_rows, accumulate_rows,
                       exp_sum, max_of,     dequantize,      hadamard};
 
 }  // namespace

@@ -8,8 +8,9 @@
 #include <math.h>
 #include <string.h>
 
-#include "avx512_pages.h"
 #include "avx512_rows.h"
+#include "avx512_values.h"
+#include "page_runs.h"
 
 namespace kvrt {
 namespace {
@@ -118,50 +119,35 @@ struct Heads {
   AccumulateHeads accumulate[kHeads];
 };
 
-template <int Bits, bool Words, bool Dense>
+template <int Bits, bool Dense>
 constexpr Heads heads() {
-  return {{score_heads<Bits, Words, Dense, 1>, score_heads<Bits, Words, Dense, 2>, score_heads<Bits, Words, Dense, 3>,
-           score_heads<Bits, Words, Dense, 4>},
-          {accumulate_heads<Bits, Words, Dense, 1>, accumulate_heads<Bits, Words, Dense, 2>,
-           accumulate_heads<Bits, Words, Dense, 3>, accumulate_heads<Bits, Words, Dense, 4>}};
+  return {{score_heads<Bits, Dense, 1>, score_heads<Bits, Dense, 2>, score_heads<Bits, Dense, 3>,
+           score_heads<Bits, Dense, 4>},
+          {accumulate_heads<Bits, Dense, 1>, accumulate_heads<Bits, Dense, 2>, accumulate_heads<Bits, Dense, 3>,
+           accumulate_heads<Bits, Dense, 4>}};
 }
 
-constexpr Heads kHeadLoops[3][2][2] = {
-    {{heads<2, false, false>(), heads<2, false, true>()}, {heads<2, true, false>(), heads<2, true, true>()}},
-    {{heads<3, false, false>(), heads<3, false, true>()}, {heads<3, true, false>(), heads<3, true, true>()}},
-    {{heads<4, false, false>(), heads<4, false, true>()}, {heads<4, true, false>(), heads<4, true, true>()}},
-};
-constexpr Heads kHeadLoops8 = heads<8, false, false>();
+constexpr Heads kHeadLoops[3][2] = {
+    {heads<2, false>(), heads<2, true>()}, {heads<3, false>(), heads<3, true>()}, {heads<4, false>(), heads<4, true>()}};
+constexpr Heads kHeadLoops8 = heads<8, false>();
 
 // Null where a tile of 16 tokens or a step of 16 channels would straddle groups.
-const Heads *loops_for(const kv_format &f, int head_dim, int block_size) {
-  if (head_dim % 16 || block_size % kTile || f.group % 16) return nullptr;
+const Heads *loops_for(const kv_format &f, int head_dim) {
+  if (kv_is_exact(&f) || head_dim % 16 || f.group % 16) return nullptr;
   if (f.bits == 8) return &kHeadLoops8;
-  const bool dense = head_dim == 64 && (f.axis == KV_CHANNEL || f.group == 64);
-  return &kHeadLoops[f.bits - 2][f.table ? 1 : 0][dense ? 1 : 0];
+  return &kHeadLoops[f.bits - 2][head_dim == 64 && (f.axis == KV_CHANNEL || f.group == 64)];
 }
+
+constexpr int kRows = 8;  // decoded at once where there is no loop for a format
 
 void score_page(const kv_layer &l, const kv_page_layout &at, const uint8_t *slice, const float *query, int group,
                 int first, int last, float *scores, int stride) {
   const int d = l.head_dim;
-  const int64_t row_bytes = kv_row_bytes(&l.k, d);
-  if (first >= last) return;
-  if (kv_is_exact(&l.k)) {
-    score_rows(slice + at.k_codes + first * row_bytes, l.k.bits == 32 ? KV_F32 : l.page_dtype, d, last - first, d,
-               query, group, scores + first, stride);
-    return;
-  }
-  const Section s = {slice + at.k_codes, slice + at.k_scales, slice + at.k_zeros, &l.k, d, l.block_size, row_bytes};
-  if (const Heads *loops = loops_for(l.k, d, l.block_size)) {
-    for (int g = 0; g < group; g += kHeads)
-      loops->score[(group - g < kHeads ? group - g : kHeads) - 1](s, query + (int64_t)g * d, first, last,
-                                                                  scores + (int64_t)g * stride, stride);
-    return;
-  }
-  float rows[8 * KV_MAX_HEAD_DIM];
-  for (int t = first; t < last; t += 8) {
-    const int count = last - t < 8 ? last - t : 8;
-    dequantize(l.k, s.codes, s.scales, s.zeros, l.page_dtype, d, l.block_size, t, t + count, rows);
+  float rows[kRows * KV_MAX_HEAD_DIM];
+  for (int t = first; t < last; t += kRows) {
+    const int count = last - t < kRows ? last - t : kRows;
+    dequantize(l.k, slice + at.k_codes, slice + at.k_scales, slice + at.k_zeros, l.page_dtype, d, l.block_size, t,
+               t + count, rows);
     score_rows(rows, KV_F32, d, count, d, query, group, scores + t, stride);
   }
 }
@@ -169,30 +155,39 @@ void score_page(const kv_layer &l, const kv_page_layout &at, const uint8_t *slic
 void accumulate_page(const kv_layer &l, const kv_page_layout &at, const uint8_t *slice, const float *weights,
                      int stride, int group, int first, int last, float *sums) {
   const int d = l.head_dim;
-  const int64_t row_bytes = kv_row_bytes(&l.v, d);
-  if (first >= last) return;
-  if (kv_is_exact(&l.v)) {
-    accumulate_rows(slice + at.v_codes + first * row_bytes, l.v.bits == 32 ? KV_F32 : l.page_dtype, d, last - first, d,
-                    weights + first, stride, group, sums);
-    return;
-  }
-  const Section s = {slice + at.v_codes, slice + at.v_scales, slice + at.v_zeros, &l.v, d, l.block_size, row_bytes};
-  if (const Heads *loops = loops_for(l.v, d, l.block_size)) {
-    for (int g = 0; g < group; g += kHeads)
-      loops->accumulate[(group - g < kHeads ? group - g : kHeads) - 1](s, weights + (int64_t)g * stride, stride, first,
-                                                                       last, sums + (int64_t)g * d);
-    return;
-  }
-  float rows[8 * KV_MAX_HEAD_DIM];
-  for (int t = first; t < last; t += 8) {
-    const int count = last - t < 8 ? last - t : 8;
-    dequantize(l.v, s.codes, s.scales, s.zeros, l.page_dtype, d, l.block_size, t, t + count, rows);
+  float rows[kRows * KV_MAX_HEAD_DIM];
+  for (int t = first; t < last; t += kRows) {
+    const int count = last - t < kRows ? last - t : kRows;
+    dequantize(l.v, slice + at.v_codes, slice + at.v_scales, slice + at.v_zeros, l.page_dtype, d, l.block_size, t,
+               t + count, rows);
     accumulate_rows(rows, KV_F32, d, count, d, weights + t, stride, group, sums);
   }
 }
 
-const PageOps kOps = {"avx512",  score_page, accumulate_page, add_mean_scores, score_rows, accumulate_rows,
-                      exp_sum, max_of,     dequantize,      hadamard};
+void score_pages(const kv_layer &l, const kv_page_layout &at, const uint8_t *const *slices, const float *query,
+                 int group, int first, int last, float *scores, int stride) {
+  const Heads *loops = loops_for(l.k, l.head_dim);
+  if (!loops) return score_each<score_page>(l, at, slices, query, group, first, last, scores, stride);
+  const Section s = {&l.k,        slices,       at.k_codes,  at.k_scales, at.k_zeros,
+                     at.v_codes, l.head_dim,  l.block_size, kv_row_bytes(&l.k, l.head_dim)};
+  for (int g = 0; g < group && first < last; g += kHeads)
+    loops->score[(group - g < kHeads ? group - g : kHeads) - 1](s, query + (int64_t)g * l.head_dim, first, last,
+                                                                scores + (int64_t)g * stride, stride);
+}
+
+void accumulate_pages(const kv_layer &l, const kv_page_layout &at, const uint8_t *const *slices, const float *weights,
+                      int stride, int group, int first, int last, float *sums) {
+  const Heads *loops = loops_for(l.v, l.head_dim);
+  if (!loops) return accumulate_each<accumulate_page>(l, at, slices, weights, stride, group, first, last, sums);
+  const Section s = {&l.v,        slices,       at.v_codes,  at.v_scales, at.v_zeros,
+                     at.head_bytes, l.head_dim,  l.block_size, kv_row_bytes(&l.v, l.head_dim)};
+  for (int g = 0; g < group && first < last; g += kHeads)
+    loops->accumulate[(group - g < kHeads ? group - g : kHeads) - 1](s, weights + (int64_t)g * stride, stride, first,
+                                                                     last, sums + (int64_t)g * l.head_dim);
+}
+
+const PageOps kOps = {"avx512",  score_pages, accumulate_pages, add_mean_scores, score_rows, accumulate_rows,
+                      exp_sum,   max_of,      dequantize,       hadamard};
 
 }  // namespace
 

@@ -109,30 +109,52 @@ void accumulate_rows(const void *rows, int dtype, int64_t row_stride, int count,
                                                                 sums + (int64_t)g * head_dim);
 }
 
-void add_mean_scores(const float *a, const float *b, const float *step_cos, const float *step_sin, int half,
-                     int block_size, int group, int first, int last, float *scores, int stride) {
-  for (int t = first; t < last; t += 16) {
-    const __mmask16 mask = columns(last - t);
-    for (int g0 = 0; g0 < group; g0 += 4) {
-      const int heads = group - g0 < 4 ? group - g0 : 4;
-      __m512 sum[4], other[4];
-      for (int g = 0; g < 4; ++g) sum[g] = other[g] = _mm512_setzero_ps();
-      for (int i = 0; i < half; ++i) {
-        const __m512 cos = _mm512_maskz_loadu_ps(mask, step_cos + (int64_t)i * block_size + t);
-        const __m512 sin = _mm512_maskz_loadu_ps(mask, step_sin + (int64_t)i * block_size + t);
-#pragma GCC unroll 4
-        for (int g = 0; g < 4; ++g) {
-          const int64_t at = (int64_t)(g0 + (g < heads ? g : 0)) * half + i;
-          sum[g] = _mm512_fmadd_ps(_mm512_set1_ps(a[at]), cos, sum[g]);
-          other[g] = _mm512_fmadd_ps(_mm512_set1_ps(b[at]), sin, other[g]);
-        }
-      }
-      for (int g = 0; g < heads; ++g) {
-        float *to = scores + (int64_t)(g0 + g) * stride + t;
-        _mm512_mask_storeu_ps(
-            to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), _mm512_add_ps(sum[g], other[g])));
+// One page, G heads: turn a and b to its first position, then a product with the steps, tokens in lanes.
+template <int G>
+void add_mean_page(const float *a, const float *b, const float *row, const float *step_cos, const float *step_sin,
+                   int half, int block_size, int first, int last, float *scores, int stride) {
+  alignas(64) float cosines[G][KV_MAX_HEAD_DIM / 2], sines[G][KV_MAX_HEAD_DIM / 2];
+  for (int i = 0; i < half; i += 16) {
+    const __mmask16 mask = columns(half - i);
+    const __m512 cos = _mm512_maskz_loadu_ps(mask, row + i), sin = _mm512_maskz_loadu_ps(mask, row + half + i);
+    for (int g = 0; g < G; ++g) {
+      const __m512 x = _mm512_maskz_loadu_ps(mask, a + g * half + i), y = _mm512_maskz_loadu_ps(mask, b + g * half + i);
+      _mm512_mask_store_ps(cosines[g] + i, mask, _mm512_fmadd_ps(x, cos, _mm512_mul_ps(y, sin)));
+      _mm512_mask_store_ps(sines[g] + i, mask, _mm512_fmsub_ps(y, cos, _mm512_mul_ps(x, sin)));
+    }
+  }
+  for (int t = first / 16 * 16; t < last; t += 16) {
+    __m512 sum[G], other[G];
+    for (int g = 0; g < G; ++g) sum[g] = other[g] = _mm512_setzero_ps();
+    for (int i = 0; i < half; ++i) {
+      const __m512 cos = _mm512_loadu_ps(step_cos + (int64_t)i * block_size + t);
+      const __m512 sin = _mm512_loadu_ps(step_sin + (int64_t)i * block_size + t);
+      for (int g = 0; g < G; ++g) {
+        sum[g] = _mm512_fmadd_ps(_mm512_set1_ps(cosines[g][i]), cos, sum[g]);
+        other[g] = _mm512_fmadd_ps(_mm512_set1_ps(sines[g][i]), sin, other[g]);
       }
     }
+    __mmask16 mask = columns(last - t);
+    if (t < first) mask = __mmask16(mask & (0xFFFF << (first - t)));
+    for (int g = 0; g < G; ++g) {
+      float *to = scores + (int64_t)g * stride + t;
+      _mm512_mask_storeu_ps(to, mask,
+                            _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), _mm512_add_ps(sum[g], other[g])));
+    }
+  }
+}
+
+void add_mean_scores(const float *a, const float *b, const float *const *rows, const float *step_cos,
+                     const float *step_sin, int half, int block_size, int group, int first, int last, float *scores,
+                     int stride) {
+  constexpr decltype(&add_mean_page<1>) kPages[4] = {add_mean_page<1>, add_mean_page<2>, add_mean_page<3>,
+                                                     add_mean_page<4>};
+  for (int begin = first / block_size * block_size; begin < last; begin += block_size) {
+    const int from = first > begin ? first - begin : 0, to = last - begin < block_size ? last - begin : block_size;
+    for (int g = 0; g < group; g += 4)
+      kPages[(group - g < 4 ? group - g : 4) - 1](a + (int64_t)g * half, b + (int64_t)g * half, rows[begin / block_size],
+                                                  step_cos, step_sin, half, block_size, from, to,
+                                                  scores + (int64_t)g * stride + begin, stride);
   }
 }
 

@@ -1,30 +1,43 @@
-// What one instruction set provides: the inner loops over one page of one kv head, and over rows of exact values.
+// What one instruction set provides: the inner loops over a run of pages of one kv head, and over rows of exact values.
 //
 // The driver (attend.cpp, append.cpp, expand.cpp) is the same for all instruction sets; it calls these through a table.
-// Everything is float32 inside. A "page slice" is the head's part of a page (kv_layout.h); tokens are those of the page,
-// first <= t < last, and scores and weights are [group][stride] with token t at column t.
+// Everything is float32 inside. A "slice" is the head's part of a page (kv_layout.h). A run is consecutive pages of at
+// most kRunTokens tokens: token t lies in slices[t / block_size], first <= t < last, and scores and weights are
+// [group][stride] with token t at column t. Slices before first and from last on are not looked at, but for fetching
+// ahead: slices[p + kRunTokens / block_size] is the same of the next run, or null.
 #pragma once
 
 #include "kv_layout.h"
 
 namespace kvrt {
 
+constexpr int kRunTokens = 128;  // at least a page
+
+// A slice is too short for the processor to see where the next one will be, so it is asked for a run ahead, while this
+// one is worked on. All at once would be more than a core can wait for.
+static inline void fetch_ahead(const uint8_t *const *slices, int page, int block_size, int64_t from, int64_t to) {
+  const uint8_t *next = slices[page + kRunTokens / block_size];
+  for (int64_t b = from; next && b < to; b += 64) __builtin_prefetch(next + b);
+}
+
 struct PageOps {
   const char *name;
 
   // scores[g][t] = sum_c query[g][c] * stored_key[t][c], stored keys being what the codes say: rotated if the format is,
   // without the mean. query [group][head_dim] is rotated alike and carries the softmax scale.
-  void (*score_page)(const kv_layer &layer, const kv_page_layout &at, const uint8_t *slice, const float *query,
-                     int group, int first, int last, float *scores, int stride);
+  void (*score_pages)(const kv_layer &layer, const kv_page_layout &at, const uint8_t *const *slices, const float *query,
+                      int group, int first, int last, float *scores, int stride);
 
   // sums[g][c] += sum_t weights[g][t] * stored_value[t][c]
-  void (*accumulate_page)(const kv_layer &layer, const kv_page_layout &at, const uint8_t *slice, const float *weights,
-                          int stride, int group, int first, int last, float *sums);
+  void (*accumulate_pages)(const kv_layer &layer, const kv_page_layout &at, const uint8_t *const *slices,
+                           const float *weights, int stride, int group, int first, int last, float *sums);
 
-  // scores[g][t] += sum_i a[g][i] * step_cos[i][t] + b[g][i] * step_sin[i][t], for i < half: the keys' mean turned from
-  // the page's first position to token t. step_* are [half][block_size].
-  void (*add_mean_scores)(const float *a, const float *b, const float *step_cos, const float *step_sin, int half,
-                          int block_size, int group, int first, int last, float *scores, int stride);
+  // scores[g][t] += query[g] . RoPE_t(mean), where a[g][i] and b[g][i], i < half, are what cosine and sine of pair i
+  // weigh at position 0. rows[p] is the rotary table's row of page p's first token; from there step_cos and step_sin,
+  // [half][block_size], turn to the page's other tokens.
+  void (*add_mean_scores)(const float *a, const float *b, const float *const *rows, const float *step_cos,
+                          const float *step_sin, int half, int block_size, int group, int first, int last,
+                          float *scores, int stride);
 
   // The same two products over rows of exact values of dtype (kv_dtype), row_stride values apart, columns 0 ... count-1.
   void (*score_rows)(const void *rows, int dtype, int64_t row_stride, int count, int head_dim, const float *query,

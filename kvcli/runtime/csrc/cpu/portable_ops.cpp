@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "half.h"
-#include "page_ops.h"
+#include "page_runs.h"
 
 namespace kvrt {
 namespace {
@@ -171,7 +171,7 @@ void hadamard(float *x, int64_t rows, int head_dim) {
 }  // namespace
 
 const PageOps &portable_ops() {
-  static constexpr PageOps ops{"portable", score_page, accumulate_page, add_mean_scores, score_rows, accumulate_rows,
+  static constexpr PageOps ops{"portable", score_each<score_page>, accumulate_each<accumulate_page>, add_mean_each<add_mean_scores>, score_rows, accumulate_rows,
                                exp_sum,    max_of,     dequantize,      hadamard};
   return ops;
 }
