@@ -28,20 +28,21 @@ class Arena:
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
-        self._taken = 0
+        self._taken, self._device = 0, device
+        self._memory: mmap.mmap | None = None
         if device.type == "cpu" and nbytes:
-            memory = mmap.mmap(-1, -(-nbytes // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            length = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
+            self._memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
-        else:
-            self._bytes = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
 
     def take(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Return a zeroed tensor that begins at a multiple of 64 bytes."""
-        start, length = self._taken, math.prod(shape) * dtype.itemsize
+        """Return a zeroed tensor that begins at a multiple of 64 bytes, with a storage of its own for compilers."""
+        start, count = self._taken, math.prod(shape)
         self._taken += size(*shape, dtype=dtype)
-        return self._bytes[start : start + length].view(dtype).view(shape)
+        if self._memory is None or not count:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=start).view(shape)
 
 
 def size(*shape: int, dtype: torch.dtype) -> int:

@@ -159,20 +159,22 @@ bool check_softmax(const PageOps &ops) {
   return true;
 }
 
-bool check_mean(const PageOps &ops, int half, int block, int group, int first, int last) {
-  const int stride = block + 1;
-  std::vector<float> a(group * half), b(a), cs(half * block), sn(cs), x(group * stride), y, row(2 * half);
-  for (auto *v : {&a, &b, &cs, &sn, &x, &row})
+bool check_mean(const PageOps &ops, int half, int group, int first, int last) {
+  const int tokens = (last + 15) / 16 * 16, stride = tokens + 1;
+  std::vector<float> a(group * half), b(a), steps(half * 16), x(group * stride), y, table(tokens / 16 * 2 * half);
+  for (auto *v : {&a, &b, &steps, &x, &table})
     for (auto &e : *v) e = normal();
   y = x;
-  const float *rows[] = {row.data()};
-  ops.add_mean_scores(a.data(), b.data(), rows, cs.data(), sn.data(), half, block, group, first, last, x.data(), stride);
+  std::vector<const float *> rows;
+  for (int t = 0; t < tokens / 16; ++t) rows.push_back(&table[size_t(t) * 2 * half]);
+  ops.add_mean_scores(a.data(), b.data(), rows.data(), steps.data(), half, group, first, last, x.data(), stride);
   for (int g = 0; g < group; ++g)
     for (int t = 0; t < stride; ++t) {
       double want = y[g * stride + t];
       for (int i = 0; t >= first && t < last && i < half; ++i) {
-        const double p = a[g * half + i], q = b[g * half + i], c = row[i], d = row[half + i];
-        want += (p * c + q * d) * cs[i * block + t] + (q * c - p * d) * sn[i * block + t];
+        const double p = a[g * half + i], q = b[g * half + i], c = rows[t / 16][i], s = rows[t / 16][half + i];
+        const int m = t % 16 < 8 ? 7 - t % 16 : t % 16 - 8, sign = t % 16 < 8 ? -1 : 1;
+        want += (p * c + q * s) * steps[16 * i + 2 * m] + sign * (q * c - p * s) * steps[16 * i + 2 * m + 1];
       }
       if (fabs(x[g * stride + t] - want) > 2e-5 * (1 + sqrt(double(half))))
         return fail(ops, "add_mean_scores", nullptr, "");
@@ -186,8 +188,8 @@ bool check_all(const PageOps &ops) {
   if (!check_softmax(ops)) return false;
   for (int i = 0; i < 40; ++i) {
     const int block = 16 << below(4), first = below(block), half = 4 * (1 + below(32));
-    if (!check_mean(ops, half, block, 1 + below(16), first, first + 1 + below(block - first))) return false;
-    if (!check_mean(ops, half, block, 1 + below(16), 0, block)) return false;
+    if (!check_mean(ops, half, 1 + below(16), first, first + 1 + below(block - first))) return false;
+    if (!check_mean(ops, half, 1 + below(16), 0, block)) return false;
   }
   Case k;
   long cases = 0;

@@ -1,4 +1,5 @@
 // kvrt_attend: checks, memory and threads. What is computed stands in attend_call.cpp.
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <new>
@@ -30,22 +31,31 @@ int check(const Call &c, int64_t *most, int64_t *pages, double *work) {
         if (!view.has_page(p) && c.sees_some(view, span, std::max(span.packed_begin, p * block),
                                              std::min(span.packed_end, (p + 1) * block)))
           return KVRT_INVALID;
-      const bool turns = c.steps || c.decoded || (c.args.key_sum && !coded_before_rope(l));
+      const bool turns = c.means || c.decoded || (c.args.key_sum && !coded_before_rope(l));
       if (turns && !rope_reaches(view, span.packed_begin, span.packed_end)) return KVRT_INVALID;
-      if (c.steps && l.rope_positions < block) return KVRT_INVALID;
+      if (c.means && l.rope_positions < 8) return KVRT_INVALID;
     }
   return KVRT_OK;
 }
 
-void fill_steps(const kv_layer &l, float *cos, float *sin) {
-  const int half = l.head_dim / 2, block = l.block_size;
+// What PageOps::add_mean_scores takes, from the table's first rows and half angles; then cos and sin of 7.5 theta.
+void fill_steps(const kv_layer &l, float *steps) {
+  const int half = l.head_dim / 2;
   const float scaling = l.rope[0];  // cos 0: the table's rows are stretched by it, and a page's first row is already
-  for (int t = 0; t < block; t++) {
-    const float *row = l.rope + static_cast<int64_t>(t) * l.head_dim;
-    for (int i = 0; i < half; i++) {
-      cos[i * block + t] = row[i] / scaling;
-      sin[i * block + t] = row[i + half] / scaling;
+  float *middle = steps + 16 * half;
+  for (int i = 0; i < half; i++) {
+    const float *first = l.rope + l.head_dim;  // the row of position 1
+    const double c = first[i] / scaling, s = first[i + half] / scaling;
+    // of theta / 2, which lies in the right half plane for every theta below pi
+    const double half_cos = std::sqrt(0.5 * (1 + c)), half_sin = half_cos > 0 ? 0.5 * s / half_cos : 1;
+    for (int m = 0; m < 8; m++) {
+      const float *row = l.rope + static_cast<int64_t>(m) * l.head_dim;
+      const double x = row[i] / scaling, y = row[i + half] / scaling;
+      steps[16 * i + 2 * m] = static_cast<float>(x * half_cos - y * half_sin);
+      steps[16 * i + 2 * m + 1] = static_cast<float>(y * half_cos + x * half_sin);
     }
+    middle[i] = steps[16 * i + 14];
+    middle[i + half] = steps[16 * i + 15];
   }
 }
 
@@ -68,9 +78,9 @@ int attend(const kv_layer *layer, const kvrt_attend_args *args, const kvrt_exec 
     return KVRT_INVALID;
 
   Call c{l, *args, current_ops(), kv_layout_of(layer), l.num_heads / l.num_kv_heads, l.head_dim, l.head_dim / 2,
-         false, false, nullptr, nullptr, args->mass, args->mass_stride, nullptr, Call::unit_size(l), 0};
+         false, false, nullptr, args->mass, args->mass_stride, nullptr, Call::unit_size(l), 0};
   c.decoded = coded_before_rope(l) || (k_mean(l, 0) && cache.positions);
-  c.steps = k_mean(l, 0) && !c.decoded;
+  c.means = k_mean(l, 0) && !c.decoded;
   int64_t most, pages;
   double work;
   status = check(c, &most, &pages, &work);
@@ -93,12 +103,11 @@ int attend(const kv_layer *layer, const kvrt_attend_args *args, const kvrt_exec 
     own_mass.reset(new Scratch(static_cast<int64_t>(cache.num_seqs) * l.num_heads * most, 1));
     c.mass = own_mass->data();
   }
-  if (c.steps) {
-    steps.reset(new Scratch(static_cast<int64_t>(c.d) * l.block_size, 1));
+  if (c.means) {
+    steps.reset(new Scratch(18 * c.half, 1));
     if (!steps->data()) return KVRT_NO_MEMORY;
-    c.step_cos = steps->data();
-    c.step_sin = steps->data() + static_cast<int64_t>(c.half) * l.block_size;
-    fill_steps(l, steps->data(), steps->data() + static_cast<int64_t>(c.half) * l.block_size);
+    fill_steps(l, steps->data());
+    c.steps = steps->data();
   }
   const int threads = threads_for(exec, jobs, work);
   const Scratch scratch(c.work_floats(), threads);

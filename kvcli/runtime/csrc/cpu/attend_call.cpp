@@ -88,10 +88,10 @@ void Call::score_run(const View &view, int64_t page, const uint8_t *const *slice
     return;
   }
   ops.score_pages(layer, at, slices, w.turned, group, first, last, w.scores, kChunk);
-  if (!steps) return;
+  if (!means) return;
   const float *rows[kChunk / 16];
-  for (int p = 0; p * block < last; p++) rows[p] = rope_row(view, (page + p) * block);
-  ops.add_mean_scores(w.a, w.b, rows, step_cos, step_sin, half, block, group, first, last, w.scores, kChunk);
+  for (int t = first / 16; t * 16 < last; t++) rows[t] = rope_row(view, page * block + t * 16);
+  ops.add_mean_scores(w.a, w.b, rows, steps, half, group, first, last, w.scores, kChunk);
 }
 
 // the same for one page whose keys are exact, or have to be decoded first
@@ -221,13 +221,15 @@ void Call::run_unit(const View &view, int64_t unit, const Work &w) const {
   }
   std::memcpy(w.turned, w.query, sizeof(float) * static_cast<size_t>(group * d));
   if (rotated(layer.k)) ops.hadamard(w.turned, group, d);
-  if (steps) {
-    const float *mean = k_mean(layer, view.head);
+  if (means) {
+    const float *mean = k_mean(layer, view.head), *cos = steps + 16 * half, *sin = cos + half;
     for (int g = 0; g < group; g++)
       for (int i = 0; i < half; i++) {
         const float *q = w.query + g * d;
-        w.a[g * half + i] = q[i] * mean[i] + q[i + half] * mean[i + half];
-        w.b[g * half + i] = q[i + half] * mean[i] - q[i] * mean[i + half];
+        const float a = q[i] * mean[i] + q[i + half] * mean[i + half];
+        const float b = q[i + half] * mean[i] - q[i] * mean[i + half];
+        w.a[g * half + i] = a * cos[i] + b * sin[i];  // at position 7.5
+        w.b[g * half + i] = b * cos[i] - a * sin[i];
       }
   }
   run_pages(view, s, from, to, w, out);

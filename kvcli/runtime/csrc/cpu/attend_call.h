@@ -32,9 +32,8 @@ struct Call {
   kv_page_layout at;
   int group, d, half;
   bool decoded;           // keys are decoded to after RoPE first, because neither codes nor steps give their scores
-  bool steps;             // the keys' mean is added by steps from the page's first position
-  const float *step_cos;  // [half][block_size]
-  const float *step_sin;
+  bool means;             // the keys' mean is added to the scores of codes: PageOps::add_mean_scores
+  const float *steps;     // its steps, then [half] cosines and [half] sines of 7.5 theta
   float *mass;  // scores, then weights: the caller's, or scratch where only the keys' sums need it
   int64_t mass_stride;
   float *states;

@@ -262,23 +262,6 @@ void accumulate_page(const kv_layer &l, const kv_page_layout &at, const uint8_t 
 
 // ---- the rest
 
-void add_mean_scores(const float *a, const float *b, const float *step_cos, const float *step_sin, int half,
-                     int block_size, int group, int first, int last, float *scores, int stride) {
-  for (int t = first; t < last; t += 8) {
-    const __m256i mask = lanes(last - t);
-    for (int g = 0; g < group; ++g) {
-      __m256 sum = _mm256_setzero_ps(), other = sum;
-      for (int i = 0; i < half; ++i) {
-        const int64_t at = (int64_t)i * block_size + t;
-        sum = _mm256_fmadd_ps(_mm256_set1_ps(a[(int64_t)g * half + i]), _mm256_maskload_ps(step_cos + at, mask), sum);
-        other = _mm256_fmadd_ps(_mm256_set1_ps(b[(int64_t)g * half + i]), _mm256_maskload_ps(step_sin + at, mask), other);
-      }
-      float *to = scores + (int64_t)g * stride + t;
-      _mm256_maskstore_ps(to, mask, _mm256_add_ps(_mm256_maskload_ps(to, mask), _mm256_add_ps(sum, other)));
-    }
-  }
-}
-
 float exp_sum(float *x, int n, float max) {
   const __m256 least = _mm256_set1_ps(-87);
   __m256 sum = _mm256_setzero_ps();
@@ -347,7 +330,7 @@ void hadamard(float *x, int64_t rows, int head_dim) {
   }
 }
 
-const PageOps kOps = {"avx2", score_each<score_page>, accumulate_each<accumulate_page>, add_mean_each<add_mean_scores>, score_rows, accumulate_rows,
+const PageOps kOps = {"avx2", score_each<score_page>, accumulate_each<accumulate_page>, add_mean_plain, score_rows, accumulate_rows,
                       exp_sum, max_of,     dequantize,      hadamard};
 
 }  // namespace

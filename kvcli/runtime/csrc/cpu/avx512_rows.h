@@ -109,52 +109,60 @@ void accumulate_rows(const void *rows, int dtype, int64_t row_stride, int count,
                                                                 sums + (int64_t)g * head_dim);
 }
 
-// One page, G heads: turn a and b to its first position, then a product with the steps, tokens in lanes.
+// Sixteen tokens, G heads: even lanes sum cosines, odd lanes sines, so that one product serves both.
 template <int G>
-void add_mean_page(const float *a, const float *b, const float *row, const float *step_cos, const float *step_sin,
-                   int half, int block_size, int first, int last, float *scores, int stride) {
-  alignas(64) float cosines[G][KV_MAX_HEAD_DIM / 2], sines[G][KV_MAX_HEAD_DIM / 2];
+void add_mean_tile(const float *a, const float *b, const float *row, const float *steps, int half, __mmask16 mask,
+                   float *scores, int stride) {
+  alignas(64) float turned[G][KV_MAX_HEAD_DIM];  // pairs (A_i, B_i)
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
   for (int i = 0; i < half; i += 16) {
-    const __mmask16 mask = columns(half - i);
-    const __m512 cos = _mm512_maskz_loadu_ps(mask, row + i), sin = _mm512_maskz_loadu_ps(mask, row + half + i);
+    const __mmask16 some = columns(half - i);
+    const __m512 cos = _mm512_maskz_loadu_ps(some, row + i), sin = _mm512_maskz_loadu_ps(some, row + half + i);
     for (int g = 0; g < G; ++g) {
-      const __m512 x = _mm512_maskz_loadu_ps(mask, a + g * half + i), y = _mm512_maskz_loadu_ps(mask, b + g * half + i);
-      _mm512_mask_store_ps(cosines[g] + i, mask, _mm512_fmadd_ps(x, cos, _mm512_mul_ps(y, sin)));
-      _mm512_mask_store_ps(sines[g] + i, mask, _mm512_fmsub_ps(y, cos, _mm512_mul_ps(x, sin)));
+      const __m512 x = _mm512_maskz_loadu_ps(some, a + g * half + i), y = _mm512_maskz_loadu_ps(some, b + g * half + i);
+      const __m512 p = _mm512_fmadd_ps(x, cos, _mm512_mul_ps(y, sin)), q = _mm512_fmsub_ps(y, cos, _mm512_mul_ps(x, sin));
+      _mm512_store_ps(turned[g] + 2 * i, _mm512_permutex2var_ps(p, low, q));
+      if (2 * i + 16 < KV_MAX_HEAD_DIM) _mm512_store_ps(turned[g] + 2 * i + 16, _mm512_permutex2var_ps(p, high, q));
     }
   }
-  for (int t = first / 16 * 16; t < last; t += 16) {
-    __m512 sum[G], other[G];
-    for (int g = 0; g < G; ++g) sum[g] = other[g] = _mm512_setzero_ps();
-    for (int i = 0; i < half; ++i) {
-      const __m512 cos = _mm512_loadu_ps(step_cos + (int64_t)i * block_size + t);
-      const __m512 sin = _mm512_loadu_ps(step_sin + (int64_t)i * block_size + t);
-      for (int g = 0; g < G; ++g) {
-        sum[g] = _mm512_fmadd_ps(_mm512_set1_ps(cosines[g][i]), cos, sum[g]);
-        other[g] = _mm512_fmadd_ps(_mm512_set1_ps(sines[g][i]), sin, other[g]);
-      }
-    }
-    __mmask16 mask = columns(last - t);
-    if (t < first) mask = __mmask16(mask & (0xFFFF << (first - t)));
+  __m512 sum[G], other[G];
+  for (int g = 0; g < G; ++g) sum[g] = other[g] = _mm512_setzero_ps();
+  const auto pair = [&](int g, int i) __attribute__((always_inline)) {
+    double both;
+    __builtin_memcpy(&both, turned[g] + 2 * i, sizeof both);
+    return _mm512_castpd_ps(_mm512_set1_pd(both));
+  };
+  int i = 0;
+  for (; i + 1 < half; i += 2) {
+    const __m512 x = _mm512_loadu_ps(steps + 16 * i), y = _mm512_loadu_ps(steps + 16 * i + 16);
     for (int g = 0; g < G; ++g) {
-      float *to = scores + (int64_t)g * stride + t;
-      _mm512_mask_storeu_ps(to, mask,
-                            _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), _mm512_add_ps(sum[g], other[g])));
+      sum[g] = _mm512_fmadd_ps(pair(g, i), x, sum[g]);
+      other[g] = _mm512_fmadd_ps(pair(g, i + 1), y, other[g]);
     }
+  }
+  for (; i < half; ++i)
+    for (int g = 0; g < G; ++g) sum[g] = _mm512_fmadd_ps(pair(g, i), _mm512_loadu_ps(steps + 16 * i), sum[g]);
+  // lanes 2 m + 1 become token 7 - m, lanes 2 m token 8 + m
+  const __m512i order = _mm512_setr_epi32(15, 13, 11, 9, 7, 5, 3, 1, 0, 2, 4, 6, 8, 10, 12, 14);
+  for (int g = 0; g < G; ++g) {
+    const __m512 x = _mm512_add_ps(sum[g], other[g]), y = _mm512_permute_ps(x, 0xB1);
+    const __m512 all = _mm512_permutexvar_ps(order, _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xAAAA, y, x));
+    float *to = scores + (int64_t)g * stride;
+    _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), all));
   }
 }
 
-void add_mean_scores(const float *a, const float *b, const float *const *rows, const float *step_cos,
-                     const float *step_sin, int half, int block_size, int group, int first, int last, float *scores,
-                     int stride) {
-  constexpr decltype(&add_mean_page<1>) kPages[4] = {add_mean_page<1>, add_mean_page<2>, add_mean_page<3>,
-                                                     add_mean_page<4>};
-  for (int begin = first / block_size * block_size; begin < last; begin += block_size) {
-    const int from = first > begin ? first - begin : 0, to = last - begin < block_size ? last - begin : block_size;
+void add_mean_scores(const float *a, const float *b, const float *const *rows, const float *steps, int half, int group,
+                     int first, int last, float *scores, int stride) {
+  constexpr decltype(&add_mean_tile<1>) kTiles[4] = {add_mean_tile<1>, add_mean_tile<2>, add_mean_tile<3>,
+                                                     add_mean_tile<4>};
+  for (int begin = first / 16 * 16; begin < last; begin += 16) {
+    __mmask16 mask = columns(last - begin);
+    if (begin < first) mask = __mmask16(mask & (0xFFFF << (first - begin)));
     for (int g = 0; g < group; g += 4)
-      kPages[(group - g < 4 ? group - g : 4) - 1](a + (int64_t)g * half, b + (int64_t)g * half, rows[begin / block_size],
-                                                  step_cos, step_sin, half, block_size, from, to,
-                                                  scores + (int64_t)g * stride + begin, stride);
+      kTiles[(group - g < 4 ? group - g : 4) - 1](a + (int64_t)g * half, b + (int64_t)g * half, rows[begin / 16], steps,
+                                                  half, mask, scores + (int64_t)g * stride + begin, stride);
   }
 }
 

@@ -32,12 +32,13 @@ struct PageOps {
   void (*accumulate_pages)(const kv_layer &layer, const kv_page_layout &at, const uint8_t *const *slices,
                            const float *weights, int stride, int group, int first, int last, float *sums);
 
-  // scores[g][t] += query[g] . RoPE_t(mean), where a[g][i] and b[g][i], i < half, are what cosine and sine of pair i
-  // weigh at position 0. rows[p] is the rotary table's row of page p's first token; from there step_cos and step_sin,
-  // [half][block_size], turn to the page's other tokens.
-  void (*add_mean_scores)(const float *a, const float *b, const float *const *rows, const float *step_cos,
-                          const float *step_sin, int half, int block_size, int group, int first, int last,
-                          float *scores, int stride);
+  // scores[g][t] += query[g] . RoPE_t(mean). Tokens are taken by 16, and around the middle of 16 cosines are even and
+  // sines odd, so that eight of each give all: with x = t % 16 - 7.5 and m = |x| - 1/2,
+  //   score = sum_i A_i steps[i][2 m] +- B_i steps[i][2 m + 1]      (minus where x is negative)
+  // where steps [half][16] holds cos and sin of (m + 1/2) theta_i, and A and B are a and b, [group][half], what cosine
+  // and sine of pair i weigh at position 7.5, turned by rows[t / 16], the rotary table's row of the first of the 16.
+  void (*add_mean_scores)(const float *a, const float *b, const float *const *rows, const float *steps, int half,
+                          int group, int first, int last, float *scores, int stride);
 
   // The same two products over rows of exact values of dtype (kv_dtype), row_stride values apart, columns 0 ... count-1.
   void (*score_rows)(const void *rows, int dtype, int64_t row_stride, int count, int head_dim, const float *query,

@@ -26,21 +26,26 @@ void accumulate_each(const kv_layer &layer, const kv_page_layout &at, const uint
                    std::min(last - begin, block), sums);
 }
 
-template <auto AddPage>
-void add_mean_each(const float *a, const float *b, const float *const *rows, const float *step_cos,
-                   const float *step_sin, int half, int block, int group, int first, int last, float *scores,
-                   int stride) {
-  float turned_a[KV_MAX_HEAD_DIM / 2], turned_b[KV_MAX_HEAD_DIM / 2];
-  for (int p = first / block, begin = p * block; begin < last; p++, begin += block)
+inline void add_mean_plain(const float *a, const float *b, const float *const *rows, const float *steps, int half,
+                           int group, int first, int last, float *scores, int stride) {
+  for (int begin = first / 16 * 16; begin < last; begin += 16) {
+    const float *cos = rows[begin / 16], *sin = cos + half;
     for (int g = 0; g < group; g++) {
-      const float *cos = rows[p], *sin = cos + half;
+      float even[8] = {}, odd[8] = {};
       for (int i = 0; i < half; i++) {
-        turned_a[i] = a[g * half + i] * cos[i] + b[g * half + i] * sin[i];
-        turned_b[i] = b[g * half + i] * cos[i] - a[g * half + i] * sin[i];
+        const float p = a[g * half + i], q = b[g * half + i];
+        const float turned_a = p * cos[i] + q * sin[i], turned_b = q * cos[i] - p * sin[i];
+        for (int m = 0; m < 8; m++) {
+          even[m] += turned_a * steps[16 * i + 2 * m];
+          odd[m] += turned_b * steps[16 * i + 2 * m + 1];
+        }
       }
-      AddPage(turned_a, turned_b, step_cos, step_sin, half, block, 1, std::max(first - begin, 0),
-              std::min(last - begin, block), scores + g * stride + begin, stride);
+      for (int t = std::max(first, begin); t < std::min(last, begin + 16); t++) {
+        const int x = t - begin, m = x < 8 ? 7 - x : x - 8;
+        scores[g * stride + t] += x < 8 ? even[m] - odd[m] : even[m] + odd[m];
+      }
     }
+  }
 }
 
 }  // namespace

@@ -101,21 +101,6 @@ void accumulate_page(const kv_layer &layer, const kv_page_layout &at, const uint
   }
 }
 
-void add_mean_scores(const float *a, const float *b, const float *step_cos, const float *step_sin, int half,
-                     int block_size, int group, int first, int last, float *scores, int stride) {
-  float sum[KV_MAX_BLOCK_SIZE];
-  for (int g = 0; g < group; g++) {
-    for (int t = first; t < last; t++) sum[t] = 0.0f;
-    for (int i = 0; i < half; i++) {
-      const float ai = a[g * half + i], bi = b[g * half + i];
-      const float *cos = step_cos + static_cast<int64_t>(i) * block_size;
-      const float *sin = step_sin + static_cast<int64_t>(i) * block_size;
-      for (int t = first; t < last; t++) sum[t] += ai * cos[t] + bi * sin[t];
-    }
-    for (int t = first; t < last; t++) scores[g * stride + t] += sum[t];
-  }
-}
-
 void score_rows(const void *rows, int dtype, int64_t row_stride, int count, int head_dim, const float *query,
                 int group, float *scores, int stride) {
   float row[KV_MAX_HEAD_DIM];
@@ -171,7 +156,7 @@ void hadamard(float *x, int64_t rows, int head_dim) {
 }  // namespace
 
 const PageOps &portable_ops() {
-  static constexpr PageOps ops{"portable", score_each<score_page>, accumulate_each<accumulate_page>, add_mean_each<add_mean_scores>, score_rows, accumulate_rows,
+  static constexpr PageOps ops{"portable", score_each<score_page>, accumulate_each<accumulate_page>, add_mean_plain, score_rows, accumulate_rows,
                                exp_sum,    max_of,     dequantize,      hadamard};
   return ops;
 }
