@@ -91,11 +91,11 @@ int attend(const kv_layer *layer, const kvrt_attend_args *args, const kvrt_exec 
   // With split_pages each unit keeps a state of its own, however many splits the caller made room for.
   const int64_t owners = static_cast<int64_t>(cache.num_seqs) * l.num_kv_heads;
   c.units = 1 + (args->split_pages ? (pages + args->split_pages - 1) / args->split_pages : args->splits);
-  const int64_t jobs = owners * c.units;
+  const int64_t jobs = cache.num_seqs * c.units, states = owners * c.units;
   c.states = static_cast<float *>(args->workspace);
   std::unique_ptr<Scratch> own_states, own_mass, steps;
-  if (jobs * c.unit_floats * static_cast<int64_t>(sizeof(float)) > args->workspace_bytes) {
-    own_states.reset(new Scratch(jobs * c.unit_floats, 1));
+  if (states * c.unit_floats * static_cast<int64_t>(sizeof(float)) > args->workspace_bytes) {
+    own_states.reset(new Scratch(states * c.unit_floats, 1));
     c.states = own_states->data();
   }
   if (args->key_sum && !args->mass) {
@@ -118,10 +118,7 @@ int attend(const kv_layer *layer, const kvrt_attend_args *args, const kvrt_exec 
   {
     const Work mine = c.work_at(scratch.mine());
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < jobs; i++) {
-      const int64_t owner = i / c.units;
-      c.run_unit(View{l, cache, static_cast<int>(owner / heads), static_cast<int>(owner % heads)}, i % c.units, mine);
-    }
+    for (int64_t i = 0; i < jobs; i++) c.run_unit(static_cast<int>(i / c.units), i % c.units, mine);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < owners; i++)
       c.merge(View{l, cache, static_cast<int>(i / heads), static_cast<int>(i % heads)}, mine);

@@ -9,18 +9,20 @@ namespace kvrt {
 static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 int64_t Call::work_floats() const {
-  return 2 * group * d + 2 * group * half + group * kChunk + layer.block_size * d +
+  return static_cast<int64_t>(layer.num_kv_heads) * 2 * group * (d + half) + group * kChunk + layer.block_size * d +
          static_cast<int64_t>(args.key_sum ? layer.num_heads : group) * d;
 }
 
 Work Call::work_at(float *x) const {
   Work w;
-  w.query = x, x += group * d;
-  w.turned = x, x += group * d;
+  w.per_head = 2 * group * (d + half);
+  w.query = x;
+  w.turned = w.query + group * d;
+  w.a = w.turned + group * d;
+  w.b = w.a + group * half;
+  x += layer.num_kv_heads * w.per_head;
   w.scores = x, x += group * kChunk;
   w.keys = x, x += layer.block_size * d;
-  w.a = x, x += group * half;
-  w.b = x, x += group * half;
   w.sums = x;
   return w;
 }
@@ -142,39 +144,36 @@ void Call::absorb(float *scores, int from, int to, float *state) const {
   }
 }
 
-void Call::run_pages(const View &view, const Span &span, int64_t from, int64_t to, const Work &w, float *state) const {
-  // a run that may have holes, because a window is counted in positions, is taken page by page
-  const int64_t block = layer.block_size, step = span.masked ? 1 : kChunk / block;
+// One run of pages that begins with page p, of the unit that ends before page `to`.
+void Call::run_pages(const View &view, const Span &span, int64_t p, int64_t to, const Work &w, float *state) const {
+  const int64_t block = layer.block_size, step = pages_of_run(span), slot = p * block, stop = std::min(p + step, to);
+  const int begin = static_cast<int>(std::max(span.packed_begin, slot) - slot);
+  const int end = static_cast<int>(std::min(span.packed_end, stop * block) - slot);
+  if (!sees_some(view, span, slot + begin, slot + end)) {
+    for (int g = 0; g < group && mass; g++)
+      std::fill_n(mass_row(view.seq, view.head * group + g) + slot + begin, end - begin, kNothing);
+    return;
+  }
   const uint8_t *slices[2 * (kChunk / 16)];  // of this run and of the next
-  for (int64_t p = from; p < to; p += step) {
-    const int64_t slot = p * block, stop = std::min(p + step, to);
-    const int begin = static_cast<int>(std::max(span.packed_begin, slot) - slot);
-    const int end = static_cast<int>(std::min(span.packed_end, stop * block) - slot);
-    if (!sees_some(view, span, slot + begin, slot + end)) {
-      for (int g = 0; g < group && mass; g++)
-        std::fill_n(mass_row(view.seq, view.head * group + g) + slot + begin, end - begin, kNothing);
-      continue;
-    }
-    for (int64_t i = 0; i < 2 * (kChunk / block); i++) {
-      const int64_t page = i < kChunk / block ? p + i : p + step + i - kChunk / block;
-      const bool there = i < kChunk / block ? page < stop : page < to && view.has_page(page);
-      slices[i] = there ? view.slice(page, at) : nullptr;
-    }
-    score_run(view, p, slices, begin, end, w);
-    finish(view, span, slot, begin, end, w.scores);
-    absorb(w.scores, begin, end, state);
-    if (!kv_is_exact(&layer.v)) {
-      ops.accumulate_pages(layer, at, slices, w.scores, kChunk, group, begin, end, state);
-      continue;
-    }
-    const int dtype = exact_page_dtype(layer, layer.v);
-    for (int64_t i = p; i < stop; i++) {
-      const int column = static_cast<int>((i - p) * block);
-      const int first = std::max(begin - column, 0), last = static_cast<int>(std::min<int64_t>(end - column, block));
-      fetch_ahead(slices, static_cast<int>(i - p), static_cast<int>(block), at.v_codes, at.head_bytes);
-      ops.accumulate_rows(slices[i - p] + at.v_codes + first * d * dtype_bytes(dtype), dtype, d, last - first, d,
-                          w.scores + column + first, kChunk, group, state);
-    }
+  for (int64_t i = 0; i < 2 * (kChunk / block); i++) {
+    const int64_t page = i < kChunk / block ? p + i : p + step + i - kChunk / block;
+    const bool there = i < kChunk / block ? page < stop : page < to && view.has_page(page);
+    slices[i] = there ? view.slice(page, at) : nullptr;
+  }
+  score_run(view, p, slices, begin, end, w);
+  finish(view, span, slot, begin, end, w.scores);
+  absorb(w.scores, begin, end, state);
+  if (!kv_is_exact(&layer.v)) {
+    ops.accumulate_pages(layer, at, slices, w.scores, kChunk, group, begin, end, state);
+    return;
+  }
+  const int dtype = exact_page_dtype(layer, layer.v);
+  for (int64_t i = p; i < stop; i++) {
+    const int column = static_cast<int>((i - p) * block);
+    const int first = std::max(begin - column, 0), last = static_cast<int>(std::min<int64_t>(end - column, block));
+    fetch_ahead(slices, static_cast<int>(i - p), static_cast<int>(block), at.v_codes, at.head_bytes);
+    ops.accumulate_rows(slices[i - p] + at.v_codes + first * d * dtype_bytes(dtype), dtype, d, last - first, d,
+                        w.scores + column + first, kChunk, group, state);
   }
 }
 
@@ -202,37 +201,54 @@ void Call::run_rows(const View &view, const Span &span, bool sinks, const Work &
   }
 }
 
-void Call::run_unit(const View &view, int64_t unit, const Work &w) const {
-  float *out = state(view.seq, view.head, unit);
-  std::fill_n(out, group * d, 0.0f);
-  std::fill_n(out + group * d, group, kNothing);
-  std::fill_n(out + group * d + group, group, 0.0f);
-  const Span s = span(view);
-  const bool exact = unit == units - 1;
-  int64_t from = 0, to = 0;
-  if (!exact) cut(s, unit, &from, &to);
-  if (exact ? s.sinks_begin >= s.sinks_end && s.tail_begin >= s.n : from >= to) return;
-
+// The query as codes meet it: turned, and what it has to do with the keys' mean.
+void Call::prepare(const View &view, const Work &w) const {
   load_query(view, w);
-  if (exact) {
-    run_rows(view, s, true, w, out);
-    run_rows(view, s, false, w, out);
-    return;
-  }
   std::memcpy(w.turned, w.query, sizeof(float) * static_cast<size_t>(group * d));
   if (rotated(layer.k)) ops.hadamard(w.turned, group, d);
-  if (means) {
-    const float *mean = k_mean(layer, view.head), *cos = steps + 16 * half, *sin = cos + half;
-    for (int g = 0; g < group; g++)
-      for (int i = 0; i < half; i++) {
-        const float *q = w.query + g * d;
-        const float a = q[i] * mean[i] + q[i + half] * mean[i + half];
-        const float b = q[i + half] * mean[i] - q[i] * mean[i + half];
-        w.a[g * half + i] = a * cos[i] + b * sin[i];  // at position 7.5
-        w.b[g * half + i] = b * cos[i] - a * sin[i];
-      }
+  if (!means) return;
+  const float *mean = k_mean(layer, view.head), *cos = steps + 16 * half, *sin = cos + half;
+  for (int g = 0; g < group; g++)
+    for (int i = 0; i < half; i++) {
+      const float *q = w.query + g * d;
+      const float a = q[i] * mean[i] + q[i + half] * mean[i + half];
+      const float b = q[i + half] * mean[i] - q[i] * mean[i + half];
+      w.a[g * half + i] = a * cos[i] + b * sin[i];  // at position 7.5
+      w.b[g * half + i] = b * cos[i] - a * sin[i];
+    }
+}
+
+void Call::run_unit(int seq, int64_t unit, const Work &work) const {
+  const bool exact = unit == units - 1;
+  int64_t longest = 0;
+  for (int head = 0; head < layer.num_kv_heads; head++) {
+    const View view{layer, args.cache, seq, head};
+    float *out = state(seq, head, unit);
+    std::fill_n(out, group * d, 0.0f);
+    std::fill_n(out + group * d, group, kNothing);
+    std::fill_n(out + group * d + group, group, 0.0f);
+    const Span s = span(view);
+    const Work w = work.of(head);
+    if (exact && (s.sinks_begin < s.sinks_end || s.tail_begin < s.n)) {
+      load_query(view, w);
+      run_rows(view, s, true, w, out);
+      run_rows(view, s, false, w, out);
+    }
+    if (exact) continue;
+    int64_t from, to;
+    cut(s, unit, &from, &to);
+    if (from < to) prepare(view, w);
+    longest = std::max(longest, (to - from + pages_of_run(s) - 1) / pages_of_run(s));
   }
-  run_pages(view, s, from, to, w, out);
+  for (int64_t run = 0; run < longest; run++)
+    for (int head = 0; head < layer.num_kv_heads; head++) {
+      const View view{layer, args.cache, seq, head};
+      const Span s = span(view);
+      int64_t from, to;
+      cut(s, unit, &from, &to);
+      from += run * pages_of_run(s);
+      if (from < to) run_pages(view, s, from, to, work.of(head), state(seq, head, unit));
+    }
 }
 
 void Call::merge(const View &view, const Work &w) const {

@@ -1,7 +1,8 @@
 // The inside of kvrt_attend: what one call knows, and its three steps.
 //
-//   units   the pages of one kv head are cut into units; each is a softmax of its own over its tokens. The exact tokens
-//           are one unit more. A unit's state is [group][head_dim] sums, then [group] maxima, then [group] masses.
+//   units   the pages of a sequence are cut into units; each is a softmax of its own over its tokens. The exact tokens
+//           are one unit more. A head's state there is [group][head_dim] sums, then [group] maxima, then [group] masses.
+//           A unit takes its kv heads in turn at every run of pages, for their slices lie side by side.
 //   merge   the units of a head, in ascending order, become the output, the log-sum-exp and the weights per slot.
 //   keys    sums of decoded keys, which need the weights of all heads.
 //
@@ -20,9 +21,15 @@ struct Span {
   bool masked;  // a sliding window counted in positions, which slots do not tell
 };
 
-// Parts of a thread's scratch.
+// Parts of a thread's scratch; the first four are those of one kv head.
 struct Work {
   float *query, *turned, *a, *b, *scores, *keys, *sums;
+  int64_t per_head;  // floats from one kv head's query to the next's, and so on
+  Work of(int head) const {
+    Work w = *this;
+    w.query += head * per_head, w.turned += head * per_head, w.a += head * per_head, w.b += head * per_head;
+    return w;
+  }
 };
 
 struct Call {
@@ -54,10 +61,12 @@ struct Call {
   float *mass_row(int s, int query_head) const {
     return mass + (static_cast<int64_t>(s) * layer.num_heads + query_head) * mass_stride;
   }
+  // a run that may have holes, because a window is counted in positions, is a single page
+  int64_t pages_of_run(const Span &span) const { return span.masked ? 1 : kChunk / layer.block_size; }
   // pages of a unit
   void cut(const Span &span, int64_t unit, int64_t *from, int64_t *to) const;
 
-  void run_unit(const View &view, int64_t unit, const Work &work) const;
+  void run_unit(int seq, int64_t unit, const Work &work) const;
   void merge(const View &view, const Work &work) const;
   void sum_keys(const View &view, const Work &work) const;
 
@@ -69,7 +78,8 @@ struct Call {
                   float *scores) const;
   void finish(const View &view, const Span &span, int64_t slot, int from, int to, float *scores) const;
   void absorb(float *scores, int from, int to, float *state) const;
-  void run_pages(const View &view, const Span &span, int64_t from, int64_t to, const Work &work, float *state) const;
+  void prepare(const View &view, const Work &work) const;
+  void run_pages(const View &view, const Span &span, int64_t page, int64_t to, const Work &work, float *state) const;
   void run_rows(const View &view, const Span &span, bool sinks, const Work &work, float *state) const;
 };
 
