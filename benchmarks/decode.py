@@ -137,7 +137,8 @@ def main() -> None:
     parser.add_argument("--bits", default="3.25", help="to calibrate to")
     parser.add_argument("--depth", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=32, help="that are decoded")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of decoding")
+    parser.add_argument("--prefill-rounds", type=int, default=5, help="of reading: minutes each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", choices=("none", "int4"), default="int4")
     parser.add_argument("--text", default="builtin", help="what is read")
@@ -170,21 +171,26 @@ def main() -> None:
             stock = [load(str(path), dtype=dtype) for dtype in ("float32", "bfloat16")]
             others, missing = transformers_decoders(stock, args.depth)
             decoders, absent = [*decoders, *others], absent | missing
-        entered = [decode_speed.contestant(x, ids, args.depth) for x in decoders]
+        races = [decode_speed.contestants(x, ids, args.depth) for x in decoders]
+        readers, entered = [x[0] for x in races], [x[1] for x in races]
         began = time.monotonic()
-        seconds = speed.race(
-            [*entered, *speed.bandwidth_probes()], rounds=args.rounds, step=lambda: print(".", end="", flush=True)
-        )
+
+        def step() -> None:
+            print(".", end="", flush=True)
+
+        read = speed.race(readers, rounds=args.prefill_rounds, warmup=0, step=step)
+        seconds = speed.race([*entered, *speed.bandwidth_probes()], rounds=args.rounds, step=step)
         print(f" {time.monotonic() - began:.0f} s")
         limit = speed.bandwidth(seconds)
         decode = speed.rows(entered, seconds, "decode", threads=args.threads, bandwidth=limit["read"])
-        prefill = speed.rows(entered, seconds, "prefill", threads=args.threads)
+        prefill = speed.rows(readers, read, "prefill", threads=args.threads)
         for row in decode:
             row["limit_tokens_per_s"] = limit["read"] / row["bytes_read"] if row["bytes_read"] else None
         show(decode, prefill)
         result = {
             "question": "how fast are reading and decoding with a packed cache, beside others on the same machine?",
             "model": model.name, "depth": args.depth, "tokens": args.tokens, "rounds": args.rounds,
+            "prefill_rounds": args.prefill_rounds,
             "threads": args.threads, "weights": args.weights, "variant": variant, "machine": facts,
             "effective_bits": plan.effective_bits(args.depth), "bandwidth": limit,
             "ratios": speed.ratios(decode), "results": decode,

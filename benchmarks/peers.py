@@ -63,6 +63,11 @@ class LlamaCpp:
         """Read a text all the same: llama.cpp's cache takes no tokens from outside."""
         self.prefill(torch.full((depth,), 100))
 
+    def rewind(self, depth: int) -> None:
+        """Go back to ``depth`` tokens."""
+        if not self._c.llama_memory_seq_rm(self._c.llama_get_memory(self._context), 0, depth, -1):
+            raise RuntimeError(f"{self.name}: llama.cpp takes no tokens back.")
+
     def decode(self, ids: Tensor) -> None:
         """Run tokens through the model one by one."""
         for part in ids.split(1):

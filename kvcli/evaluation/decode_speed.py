@@ -44,6 +44,9 @@ class Decoder(Protocol):
         """Empty the cache and put ``depth`` random tokens into it instead."""
         ...
 
+    def rewind(self, depth: int) -> None:
+        """Go back to ``depth`` tokens after some more were decoded; what those left behind does not change speed."""
+
     def decode(self, ids: Tensor) -> None:
         """Run [tokens] int64 through the model one by one."""
         ...
@@ -53,6 +56,22 @@ def text(spec: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
     """Return the first ``length`` tokens of what ``--data`` names, repeated where there are fewer."""
     ids = torch.cat(corpora.windows(spec, tokenizer, PIECE))
     return ids.repeat(-(-length // len(ids)))[:length]
+
+
+def contestants(decoder: Decoder, ids: Tensor, depth: int) -> tuple[Contestant, Contestant]:
+    """Enter a decoder into two races, the first of which must be run first.
+
+    One is reading ``depth`` tokens; the other, which starts over from what was read, decoding those that follow. So a
+    slow reader does not have to read again for every round of decoding.
+    """
+    tokens = len(ids) - depth
+    reading = Contestant(decoder.name, {"prefill": lambda: decoder.prefill(ids[:depth])}, {"prefill": depth})
+    decoding = Contestant(
+        decoder.name, {"decode": lambda: decoder.decode(ids[depth:])}, {"decode": tokens}, steps={"decode": tokens},
+        bytes_read={} if decoder.bytes_read is None else {"decode": decoder.bytes_read},
+        prepare=lambda: decoder.rewind(depth),
+    )  # fmt: skip
+    return reading, decoding
 
 
 def contestant(decoder: Decoder, ids: Tensor, depth: int, *, random: bool = False, batch: int = 1) -> Contestant:
@@ -104,6 +123,10 @@ class RunnerDecoder:
         fill(self.runner.cache, depth)
         self._filled = True
 
+    def rewind(self, depth: int) -> None:
+        """Go back to ``depth`` tokens."""
+        self.runner.cache.advance_to(depth)
+
     def decode(self, ids: Tensor) -> None:
         """Run tokens through the model one by one, the same in every sequence."""
         for token in ids:
@@ -137,6 +160,9 @@ class ReferenceDecoder:
             store.append(0, store.exact(0, k.transpose(0, 1), v.transpose(0, 1)))
             store.release(0)
             layer.seen = depth
+
+    def rewind(self, depth: int) -> None:
+        """Read on: what is packed cannot be taken back."""
 
     def decode(self, ids: Tensor) -> None:
         """Run tokens through the model one by one."""
@@ -191,6 +217,11 @@ class TransformersDecoder:
         for i, g in enumerate(self.loaded.geometry):
             k, v = torch.randn(2, 1, g.num_kv_heads, depth, g.head_dim, dtype=model.dtype, device=model.device)
             self.cache.update(k, v, i)
+
+    def rewind(self, depth: int) -> None:
+        """Go back to ``depth`` tokens, where the cache can."""
+        if more := self.cache.get_seq_length() - depth:
+            self.cache.crop(-more)
 
     def decode(self, ids: Tensor) -> None:
         """Run tokens through the model one by one."""

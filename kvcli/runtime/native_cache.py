@@ -21,7 +21,7 @@ from kvcli.plan import CachePlan
 from kvcli.runtime import kvrt
 from kvcli.runtime.arena import Arena, size
 
-EVEN_SPLITS = 8  # parts a sequence's pages are cut into by default
+EVEN_SPLITS = 8  # parts a sequence's pages are cut into, at least
 DETERMINISTIC_TOKENS = 512  # tokens of one split where results must not depend on how many there are
 
 
@@ -107,7 +107,7 @@ class NativeCache:
         self._tensors = {k: v.to(self.device, torch.float32).contiguous() for k, v in (tensors or {}).items()}
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
         self.host_lengths = [0] * batch_size
-        self.splits, self.split_pages = EVEN_SPLITS, 0
+        self.splits, self.split_pages = max(EVEN_SPLITS, self._workers() // batch_size), 0
         if deterministic:
             self.split_pages = max(1, DETERMINISTIC_TOKENS // plan.block_size)
             self.splits = max(1, -(-capacity // (self.split_pages * plan.block_size)))
@@ -118,6 +118,13 @@ class NativeCache:
         self._workspace = torch.empty(max(16, need), dtype=torch.uint8, device=self.device)
         for store in self.layers:
             self._prepare(store)
+
+    def _workers(self) -> int:
+        """How many parts of a step are worth having at once: two a thread, or two a multiprocessor and kv head."""
+        if self.device.type == "cuda":
+            heads = min(layer.num_kv_heads for layer in self.plan.layers)
+            return 2 * torch.cuda.get_device_properties(self.device).multi_processor_count // heads
+        return 2 * (self.exec.threads or torch.get_num_threads())
 
     def _pages(self, index: int) -> int:
         """Pages of one layer and one sequence."""
