@@ -7,7 +7,6 @@ three calls a layer with structs made beforehand.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from ctypes import byref
 from dataclasses import dataclass, field
@@ -277,8 +276,3 @@ class NativeCache:
         where = torch.arange(first, first + count, device=self.device) % max(1, tail.shape[2])
         k, v = tail[:, :, where]
         return k, v
-
-
-def address(struct: ctypes.Structure) -> int:
-    """Return a struct's address, for calls through :meth:`kvcli.runtime.kvrt.Library.function`."""
-    return ctypes.addressof(struct)

@@ -33,8 +33,7 @@ def append(
     owner = _caches[cache]
     store = owner.layers[layer]
     a = kvrt.Append.from_buffer_copy(store.append)
-    a.cache.pages, a.cache.tail, a.cache.sinks = pages.data_ptr(), tail.data_ptr(), sinks.data_ptr()
-    a.cache.lengths = lengths.data_ptr()
+    _redirect(a.cache, pages, tail, sinks, lengths)
     a.k, a.v, a.dtype = k.data_ptr(), v.data_ptr(), kvrt.DTYPES[k.dtype]
     a.k_row_stride, a.v_row_stride = k.stride(0), v.stride(0)
     owner.library.call("append", byref(store.struct), byref(a), byref(owner.exec))
@@ -47,8 +46,7 @@ def attend(q: Tensor, pages: Tensor, tail: Tensor, sinks: Tensor, lengths: Tenso
     owner = _caches[cache]
     store = owner.layers[layer]
     a = kvrt.Attend.from_buffer_copy(store.attend)
-    a.cache.pages, a.cache.tail, a.cache.sinks = pages.data_ptr(), tail.data_ptr(), sinks.data_ptr()
-    a.cache.lengths = lengths.data_ptr()
+    _redirect(a.cache, pages, tail, sinks, lengths)
     a.q, a.out, a.dtype = q.data_ptr(), out.data_ptr(), kvrt.DTYPES[q.dtype]
     a.q_row_stride, a.out_row_stride = q.stride(0), out.stride(0)
     owner.library.call("attend", byref(store.struct), byref(a), byref(owner.exec))
@@ -108,6 +106,12 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @silu_mul.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+def _redirect(cache: kvrt.Cache, pages: Tensor, tail: Tensor, sinks: Tensor, lengths: Tensor) -> None:
+    """Point a struct at the storage an op was given, which may be a compiler's copy."""
+    cache.pages, cache.tail, cache.sinks = pages.data_ptr(), tail.data_ptr(), sinks.data_ptr()
+    cache.lengths = lengths.data_ptr()
 
 
 def _library(x: Tensor) -> kvrt.Library:

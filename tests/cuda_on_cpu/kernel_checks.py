@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "runtime" / "native")]  # tests are no package
 
-from cpu_store import Store, reference  # noqa: E402
+from cpu_store import Store, means_of, reference, rope_of  # noqa: E402
 from cuda_on_cpu.build import KERNELS, CannotBuild, build  # noqa: E402
 
 from kvcli.models.architectures import Rope  # noqa: E402
@@ -51,15 +51,6 @@ def built(out: Path, sanitize: bool = False) -> Path:
         return build(sorted(KERNELS.glob("*.cu")), out, sanitize=sanitize)
     except CannotBuild as reason:
         pytest.skip(str(reason))
-
-
-def rope_of(dim: int, scaling: float = 1.0) -> Rope:
-    return Rope(10000.0 ** -(torch.arange(0, dim, 2) / dim), scaling)
-
-
-def means_of(layer: LayerPlan) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(3)
-    return {f"layer.0.{w}.mean": torch.randn(layer.num_kv_heads, layer.head_dim, generator=g) for w in "kv"}
 
 
 def tokens(layer: LayerPlan, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

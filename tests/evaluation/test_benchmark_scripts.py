@@ -13,23 +13,8 @@ import pytest
 import torch
 
 from kvcli.evaluation import decode_speed, speed
-from kvcli.models.loading import LoadedModel, load
-from kvcli.runtime import kvrt
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def native() -> kvrt.Library:
-    try:
-        return kvrt.library("cpu")
-    except kvrt.NativeError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def loaded(tinystories: Path) -> LoadedModel:
-    return load(str(tinystories), dtype="float32")
 
 
 @pytest.fixture

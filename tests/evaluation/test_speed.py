@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +12,9 @@ import torch
 from kvcli.evaluation import attention_speed, decode_speed, speed
 from kvcli.evaluation.speed import Contestant
 from kvcli.models.architectures import LayerGeometry
-from kvcli.models.loading import LoadedModel, load
+from kvcli.models.loading import LoadedModel
 from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
-from kvcli.runtime import kvrt
 from kvcli.runtime.packed_model import PackedModel
 
 GEOMETRY = (LayerGeometry(2, 6, 16),) * 3
@@ -44,19 +42,6 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-@pytest.fixture(scope="module")
-def native() -> kvrt.Library:
-    try:
-        return kvrt.library("cpu")
-    except kvrt.NativeError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def loaded(tinystories: Path) -> LoadedModel:
-    return load(str(tinystories), dtype="float32")
 
 
 # --- the race ---------------------------------------------------------------------------------------------------------

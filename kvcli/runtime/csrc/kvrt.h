@@ -45,7 +45,7 @@ typedef struct kvrt_exec {
 
 /* The storage of one layer, and which of it belongs to which sequence of the batch. */
 typedef struct kvrt_cache {
-  uint8_t *pages;               /* [pool][num_kv_heads * head_bytes] */
+  uint8_t *pages;               /* [pool][num_kv_heads * head_bytes]; CUDA wants 16-byte alignment here and below */
   void *tail;                   /* kv_layout.h; exact dtype */
   void *sinks;
   const int32_t *block_tables;  /* [num_seqs][...]: pool index of each logical page; -1: not there */
@@ -87,7 +87,7 @@ typedef struct kvrt_attend_args {
   float *mass;             /* [num_seqs][num_heads][mass_stride]: softmax weight per slot, 0 where unseen, or null */
   int64_t mass_stride;
   float *key_sum;          /* [num_seqs][num_heads][num_kv_heads][head_dim]: sum over packed tokens of weight * K^ before
-                              RoPE, for the heads' own weights over the keys of ALL kv heads, or null */
+                              RoPE, for the heads' own weights over the keys of ALL kv heads, or null; CUDA needs mass as well */
   float *packed_mass;      /* [num_seqs][num_heads]: weight of the packed tokens, or null */
   int32_t splits;          /* parts a sequence's pages are cut into; at least 1 */
   int32_t split_pages;     /* 0: pages are cut evenly. Else split i takes pages i*split_pages ..., the last one the rest,

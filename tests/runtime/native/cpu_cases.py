@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from cpu_store import Store, available, cpu_library
+from cpu_store import Store, available, cpu_library, means_of, rope_of
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcli.models.architectures import Rope
 from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
 from kvcli.runtime.packed_layer import PackedLayer
@@ -21,15 +20,6 @@ INVALID, UNSUPPORTED = "invalid argument", "not supported"
 def bound() -> float:
     """Error of an output relative to the largest value: the wide kernels take queries and weights to 16 bits."""
     return 5e-4 if cpu_library().variant == "avx512" else 2e-5
-
-
-def rope_of(dim: int, scaling: float = 1.0) -> Rope:
-    return Rope(10000.0 ** -(torch.arange(0, dim, 2) / dim), scaling)
-
-
-def means_of(layer: LayerPlan) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(3)
-    return {f"layer.0.{w}.mean": torch.randn(layer.num_kv_heads, layer.head_dim, generator=g) for w in "kv"}
 
 
 def tokens(layer: LayerPlan, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcli.models.architectures import Rope
-from kvcli.plan import CachePlan
+from kvcli.plan import CachePlan, LayerPlan
 from kvcli.runtime import kvrt
 from kvcli.runtime.packed_layer import PackedLayer
 
@@ -17,6 +17,15 @@ from kvcli.runtime.packed_layer import PackedLayer
 def cpu_library() -> kvrt.Library:
     """Return the package's library; who changes its variant puts it back."""
     return kvrt.library("cpu")
+
+
+def rope_of(dim: int, scaling: float = 1.0) -> Rope:
+    return Rope(10000.0 ** -(torch.arange(0, dim, 2) / dim), scaling)
+
+
+def means_of(layer: LayerPlan) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return {f"layer.0.{w}.mean": torch.randn(layer.num_kv_heads, layer.head_dim, generator=g) for w in "kv"}
 
 
 def available() -> list[str]:

@@ -8,6 +8,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "f16c_scales.h"
+
 namespace kvrt {
 namespace {
 
@@ -129,38 +131,6 @@ inline __m256i unpack8(const uint8_t *row, int i) {
   }
   const __m256i shifts = _mm256_setr_epi32(0, Bits, 2 * Bits, 3 * Bits, 4 * Bits, 5 * Bits, 6 * Bits, 7 * Bits);
   return _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32((int)word), shifts), _mm256_set1_epi32((1 << Bits) - 1));
-}
-
-inline float half_at(const uint8_t *from, int64_t at, bool e5m3) {
-  uint16_t h;
-  if (e5m3) {
-    h = uint16_t(from[at] << 7);
-  } else {
-    memcpy(&h, from + 2 * at, 2);
-  }
-  return _cvtsh_ss(h);
-}
-
-// Scale (or zero) of every channel of row t.
-void row_scales(const kv_format &f, const uint8_t *from, bool e5m3, int head_dim, int t, float *out) {
-  if (f.axis == KV_TOKEN) {
-    const int groups = head_dim / f.group;
-    for (int i = 0; i < groups; ++i) {
-      const float x = half_at(from, (int64_t)t * groups + i, e5m3);
-      for (int c = 0; c < f.group; ++c) out[i * f.group + c] = x;
-    }
-    return;
-  }
-  const int64_t at = (int64_t)(t / f.group) * head_dim;
-  for (int c = 0; c < head_dim; c += 8) {
-    __m128i h;
-    if (e5m3) {
-      h = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)(from + at + c))), 7);
-    } else {
-      h = _mm_loadu_si128((const __m128i *)(from + 2 * (at + c)));
-    }
-    _mm256_storeu_ps(out + c, _mm256_cvtph_ps(h));
-  }
 }
 
 template <int Bits>

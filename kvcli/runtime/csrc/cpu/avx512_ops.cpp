@@ -10,6 +10,7 @@
 
 #include "avx512_rows.h"
 #include "avx512_values.h"
+#include "f16c_scales.h"
 #include "page_runs.h"
 
 namespace kvrt {
@@ -34,38 +35,6 @@ inline __m512i unpack_row(const uint8_t *from, int count, int bits) {
   if (bits == 8) return packed;
   const __m512i spread = _mm512_permutexvar_epi8(kRow[bits].index[0], packed);
   return _mm512_and_si512(_mm512_multishift_epi64_epi8(kRow[bits].shift, spread), _mm512_set1_epi8((1 << bits) - 1));
-}
-
-float half_at(const uint8_t *from, int64_t at, bool e5m3) {
-  uint16_t h;
-  if (e5m3) {
-    h = uint16_t(from[at] << 7);
-  } else {
-    memcpy(&h, from + 2 * at, 2);
-  }
-  return _cvtsh_ss(h);
-}
-
-// Scale (or zero) of every channel of row t.
-void row_scales(const kv_format &f, const uint8_t *from, bool e5m3, int head_dim, int t, float *out) {
-  if (f.axis == KV_TOKEN) {
-    const int groups = head_dim / f.group;
-    for (int i = 0; i < groups; ++i) {
-      const float x = half_at(from, (int64_t)t * groups + i, e5m3);
-      for (int c = 0; c < f.group; ++c) out[i * f.group + c] = x;
-    }
-    return;
-  }
-  const int64_t at = (int64_t)(t / f.group) * head_dim;
-  for (int c = 0; c < head_dim; c += 8) {
-    __m128i h;
-    if (e5m3) {
-      h = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)(from + at + c))), 7);
-    } else {
-      h = _mm_loadu_si128((const __m128i *)(from + 2 * (at + c)));
-    }
-    _mm256_storeu_ps(out + c, _mm256_cvtph_ps(h));
-  }
 }
 
 void dequantize(const kv_format &f, const uint8_t *codes, const uint8_t *scales, const uint8_t *zeros, int page_dtype,

@@ -2,11 +2,11 @@
 //
 // A "quad" is 64 channels of four rows: rows t, t+1 in the halves of one register, t+2, t+3 in those of another, so
 // that one two-source byte permutation brings together any codes of the four. It puts the bytes that hold a few codes
-// into each 64-bit lane, vpmultishiftqb moves every code to the bottom of a byte, and what lies above it is masked
-// (bytes) or ignored by the lookup (words: vpermw reads five bits, so a table of 32 entries repeats the levels).
+// into each 64-bit lane, vpmultishiftqb moves every code to the bottom of a word, and what lies above it is ignored by the
+// lookup: vpermw reads five bits, so a table of 32 entries repeats the levels. Codes of eight bits stay bytes.
 //
-//   scores   a 128-bit lane per token:   16 channels as bytes, or 8 as words
-//   values   a 32-bit lane per channel:  4 tokens as bytes, or 2 as words
+//   scores   a 128-bit lane per token:   8 channels as words, or 16 as bytes
+//   values   a 32-bit lane per channel:  2 tokens as words, or 4 as bytes
 #pragma once
 
 #include <immintrin.h>
@@ -28,18 +28,6 @@ struct Spread {
 };
 
 template <int Bits, int Pitch>
-constexpr Spread<4> score_bytes_spread() {
-  Spread<4> s{};
-  for (int i = 0; i < 64; ++i) {
-    const int token = i / 16, half = i / 8 % 2, m = i % 8;
-    for (int j = 0; j < 4; ++j)
-      s.index[j].at[i] = uint8_t(64 * (token / 2) + Pitch * (token % 2) + (2 * j + half) * Bits + (m < Bits ? m : 0));
-    s.shift.at[i] = uint8_t(m * Bits);
-  }
-  return s;
-}
-
-template <int Bits, int Pitch>
 constexpr Spread<8> score_words_spread() {
   Spread<8> s{};
   for (int i = 0; i < 64; ++i) {
@@ -49,21 +37,6 @@ constexpr Spread<8> score_words_spread() {
       s.index[j].at[i] = uint8_t(64 * (token / 2) + Pitch * (token % 2) + byte);
     }
     s.shift.at[i] = uint8_t(4 * half * Bits % 8 + m / 2 * Bits);
-  }
-  return s;
-}
-
-template <int Bits, int Pitch>
-constexpr Spread<4> value_bytes_spread() {
-  Spread<4> s{};
-  for (int i = 0; i < 64; ++i) {
-    const int pair = i / 8, m = i % 8;
-    for (int j = 0; j < 4; ++j) {
-      int byte = (16 * j + 2 * pair) * Bits / 8 + m % 2;
-      if (byte >= 8 * Bits) byte = 8 * Bits - 1;
-      s.index[j].at[i] = uint8_t(64 * (m / 4) + Pitch * (m / 2 % 2) + byte);
-    }
-    s.shift.at[i] = uint8_t(16 * (m % 4) + 2 * pair * Bits % 8 + m / 4 * Bits);
   }
   return s;
 }
@@ -93,9 +66,7 @@ constexpr Bytes64 transpose_4x16() {  // four lanes of 16 bytes to 16 lanes of f
 template <int Bits, bool Dense>
 struct Unpack {
   static constexpr int kPitch = Dense ? 8 * Bits : 32;
-  static constexpr Spread<4> kScoreBytes = score_bytes_spread<Bits, kPitch>();
   static constexpr Spread<8> kScoreWords = score_words_spread<Bits, kPitch>();
-  static constexpr Spread<4> kValueBytes = value_bytes_spread<Bits, kPitch>();
   static constexpr Spread<4> kValueWords = value_words_spread<Bits, kPitch>();
 
   __m512i low, high;  // rows 0, 1 and 2, 3
@@ -117,19 +88,9 @@ struct Unpack {
     high = two_rows(row + 2 * row_bytes, row_bytes, bytes);
   }
 
-  static __m512i mask() { return _mm512_set1_epi8((1 << Bits) - 1); }
-
-  __m512i score_bytes(int j) const {
-    const __m512i spread = _mm512_permutex2var_epi8(low, kScoreBytes.index[j], high);
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(kScoreBytes.shift, spread), mask());
-  }
   __m512i score_words(int j, __m512i levels) const {
     const __m512i spread = _mm512_permutex2var_epi8(low, kScoreWords.index[j], high);
     return _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(kScoreWords.shift, spread), levels);
-  }
-  __m512i value_bytes(int j) const {
-    const __m512i spread = _mm512_permutex2var_epi8(low, kValueBytes.index[j], high);
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(kValueBytes.shift, spread), mask());
   }
   static __m512i value_words(int j, __m512i two_rows, __m512i levels) {
     const __m512i spread = _mm512_permutexvar_epi8(kValueWords.index[j], two_rows);
