@@ -14,12 +14,13 @@ from torch import Tensor
 from kvcli import plugins
 from kvcli.artifact.reader import Artifact
 from kvcli.artifact.writer import ArtifactWriter, check_target
-from kvcli.calibration import kvtuner
+from kvcli.calibration import sensitivity, surrogate
 from kvcli.calibration.capture import layer_inputs
 from kvcli.calibration.corpora import Corpus
-from kvcli.calibration.kvtuner import Probe, Sensitivity, Solution
+from kvcli.calibration.sensitivity import Probe, Sensitivity
 from kvcli.calibration.space import SearchSpace, Setting, load_recipe, recipe_names
 from kvcli.calibration.stages import Show, Stages, silent
+from kvcli.calibration.surrogate import Solution
 from kvcli.errors import InputError, UsageError
 from kvcli.models.loading import LoadedModel, copy_source_files, state_dict_for_saving
 from kvcli.plan import CachePlan, LayerPlan
@@ -107,7 +108,7 @@ def exact_layers(loaded: LoadedModel) -> list[LayerPlan]:
 def moments(loaded: LoadedModel, plan: CachePlan, ids: Tensor, step: Callable[[], None]) -> dict[str, Tensor]:
     """Return the mean of every layer's keys before RoPE and of its values, without the first tokens (sinks)."""
     sums: dict[str, Tensor] = {}
-    skip = min(kvtuner.BASE.sink_tokens, ids.shape[1] - 1)
+    skip = min(sensitivity.BASE.sink_tokens, ids.shape[1] - 1)
     count = len(ids) * (ids.shape[1] - skip)
     for window in ids:
         for i, _, seen in layer_inputs(loaded.model, plan, window[None]):
@@ -176,7 +177,7 @@ def calibrate(
     inputs = [x["name"] for x in stages.record]
     layers_probe = Probe(loaded.model, ids[:PROBE_WINDOWS, :PROBE_TOKENS], loaded.rope, tensors)
     found = stages.run(
-        "sensitivity", lambda step: kvtuner.measure_layers(layers_probe, space, geometry, loaded.dtype, step),
+        "sensitivity", lambda step: sensitivity.measure_layers(layers_probe, space, geometry, loaded.dtype, step),
         description="sensitivity of each layer", inputs=inputs, steps=len(geometry),
         settings={**source, "space": space.to_json(), "windows": PROBE_WINDOWS, "tokens": PROBE_TOKENS},
     )  # fmt: skip
@@ -184,7 +185,7 @@ def calibrate(
     settings_probe = Probe(loaded.model, other, loaded.rope, tensors)
 
     def ratios(step: Callable[[], None]) -> dict[str, Any]:
-        measured = kvtuner.measure_settings(settings_probe, space, geometry, loaded.dtype, step)
+        measured = sensitivity.measure_settings(settings_probe, space, geometry, loaded.dtype, step)
         return {"ratio": [[*vars(s).values(), r] for s, r in measured.items()]}
 
     ratio = stages.run(
@@ -193,11 +194,11 @@ def calibrate(
         settings={**source, "space": space.to_json(), "tokens": length},
         steps=len(space.sink_tokens) + len(space.residual_windows) * len(space.block_sizes) - 1,
     )["ratio"]  # fmt: skip
-    sensitivity = Sensitivity(
+    costs = Sensitivity(
         space, geometry, loaded.dtype, found["error"], found["kl"], found["measured"],
         {Setting(int(b), int(s), int(w)): r for b, s, w, r in ratio},
     )  # fmt: skip
-    solutions = kvtuner.solve(sensitivity, budget.bits, budget.context, nominal=budget.nominal)[:VERIFIED]
+    solutions = surrogate.solve(costs, budget.bits, budget.context, nominal=budget.nominal)[:VERIFIED]
     check = Probe(loaded.model, ids[(PROBE_WINDOWS + 1) % len(ids)][None], loaded.rope, tensors)
 
     def verify(step: Callable[[], None]) -> dict[str, Any]:
@@ -215,17 +216,17 @@ def calibrate(
     )["kl"]  # fmt: skip
     best = min(range(len(solutions)), key=lambda i: (measured[i], i))
     report = {
-        "sensitivity": sensitivity.to_json(),
+        "sensitivity": costs.to_json(),
         "scale": measured[best] / solutions[best].predicted_kl,
         "verified": [summary(s, budget.context, kl=m) for s, m in zip(solutions, measured, strict=True)],
     }
-    report["curve"] = curve(sensitivity, report["scale"], budget.context)
+    report["curve"] = curve(costs, report["scale"], budget.context)
     return Calibration(budget, solutions[best].plan, tensors, report, stages)
 
 
 def check_budget(space: SearchSpace, geometry: list[LayerPlan], budget: Budget, dtype: str) -> None:
     """Raise :class:`BudgetError`, naming the least reachable, if nothing in the space can meet the budget."""
-    kvtuner.solve(Sensitivity.unmeasured(space, geometry, dtype), budget.bits, budget.context, nominal=budget.nominal)
+    surrogate.solve(Sensitivity.unmeasured(space, geometry, dtype), budget.bits, budget.context, nominal=budget.nominal)
 
 
 def summary(solution: Solution, context: int, **more: Any) -> dict[str, Any]:
@@ -240,11 +241,11 @@ def summary(solution: Solution, context: int, **more: Any) -> dict[str, Any]:
 
 def curve(found: Sensitivity, scale: float, context: int) -> list[dict[str, Any]]:
     """Return the best predicted plan for budgets from 2 to 8 effective bits: the Pareto curve of the report."""
-    least = kvtuner.least_bits(found, context, nominal=False)
+    least = surrogate.least_bits(found, context, nominal=False)
     points = []
     for bits in CURVE:
         if bits >= least:
-            best = kvtuner.solve(found, bits, context)[0]
+            best = surrogate.solve(found, bits, context)[0]
             points.append({"bits": bits, **summary(best, context, kl=best.predicted_kl * scale)})
     return points
 
@@ -304,7 +305,7 @@ def solve(artifact: Artifact, budget: Budget, out: Path, *, overwrite: bool) -> 
             raise ValueError("measured on another model")
     except (KeyError, TypeError, ValueError, AttributeError, InputError):
         raise InputError(f"{artifact.path.name} holds no usable measurements in report.json.") from None
-    best = kvtuner.solve(found, budget.bits, budget.context, nominal=budget.nominal)[0]
+    best = surrogate.solve(found, budget.bits, budget.context, nominal=budget.nominal)[0]
     predicted = best.predicted_kl * scale
     report = {**artifact.report, "verified": [], "curve": curve(found, scale, budget.context)}
     report["solved"] = summary(best, budget.context, kl=predicted)

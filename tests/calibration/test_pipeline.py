@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvcli.artifact.reader import open_artifact
-from kvcli.calibration import corpora, kvtuner, pipeline
+from kvcli.calibration import corpora, pipeline, sensitivity, surrogate
 from kvcli.calibration.corpora import Corpus
-from kvcli.calibration.kvtuner import Sensitivity
 from kvcli.calibration.pipeline import Budget, Calibration
+from kvcli.calibration.sensitivity import Sensitivity
 from kvcli.errors import BudgetError, InputError, UsageError
 from kvcli.models.loading import LoadedModel, load
 from kvcli.plan import CachePlan
@@ -78,7 +78,7 @@ def test_another_seed_measures_other_text(loaded, corpus, found, tmp_path):
 def test_finished_stages_are_taken_up_and_change_nothing(loaded, corpus, found, monkeypatch, tmp_path):
     out = tmp_path / "artifact"
     with monkeypatch.context() as patched:
-        patched.setattr(kvtuner, "measure_settings", interrupted)
+        patched.setattr(sensitivity, "measure_settings", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pipeline.calibrate(loaded, corpus, BUDGET, out)
     again = pipeline.calibrate(loaded, corpus, BUDGET, out)
@@ -239,7 +239,7 @@ def test_no_path_of_the_machine_is_written(written, tinystories):
 
 def test_solving_for_the_same_budget_predicts_what_calibration_did(written, found, tmp_path):
     path, plan, predicted = pipeline.solve(open_artifact(written), BUDGET, tmp_path / "same", overwrite=False)
-    assert plan == kvtuner.solve(Sensitivity.from_json(found.report["sensitivity"]), 5.0, 512)[0].plan
+    assert plan == surrogate.solve(Sensitivity.from_json(found.report["sensitivity"]), 5.0, 512)[0].plan
     best = found.report["verified"][0]
     assert predicted == pytest.approx(best["predicted_kl"] * found.report["scale"])
     assert open_artifact(path).plan == plan
@@ -264,7 +264,7 @@ def test_solving_meets_another_budget_with_the_same_weights(written, tmp_path, b
 def test_an_artifact_that_was_solved_can_be_solved_again(written, found, tmp_path):
     down, _, _ = pipeline.solve(open_artifact(written), Budget(3, 512), tmp_path / "down", overwrite=False)
     _, plan, _ = pipeline.solve(open_artifact(down), BUDGET, tmp_path / "up", overwrite=False)
-    assert plan == kvtuner.solve(Sensitivity.from_json(found.report["sensitivity"]), 5.0, 512)[0].plan
+    assert plan == surrogate.solve(Sensitivity.from_json(found.report["sensitivity"]), 5.0, 512)[0].plan
 
 
 def test_an_artifact_can_be_solved_in_its_own_place(written, tmp_path):

@@ -25,7 +25,7 @@ from cli_checks import KVCLI, Run, accepted, names, refused
 EVERYTHING = ["moments", "sensitivity", "settings", "verify"]
 WRITER = ("kvcli.artifact.writer", "ArtifactWriter")
 MOMENTS = {
-    "while stages run": (("kvcli.calibration.kvtuner", "", "measure_settings"), EVERYTHING[:2]),
+    "while stages run": (("kvcli.calibration.sensitivity", "", "measure_settings"), EVERYTHING[:2]),
     "while the artifact is written": ((*WRITER, "write_json"), EVERYTHING),
     "before it is moved into place": ((*WRITER, "_move"), EVERYTHING),
 }

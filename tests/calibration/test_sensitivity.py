@@ -1,12 +1,10 @@
-"""Sensitivities against brute force and against really running the cache; plans that meet every budget."""
+"""Sensitivities against brute force and against really running the cache."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import random
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from kvcli.calibration import kvtuner
+from kvcli.calibration import sensitivity
 from kvcli.calibration.capture import Attention, layer_inputs
-from kvcli.calibration.kvtuner import BASE, MIN_KL, Probe, Sensitivity, carry_over, least_bits, solve
-from kvcli.calibration.space import SearchSpace, Setting, load_recipe
-from kvcli.errors import BudgetError
+from kvcli.calibration.sensitivity import BASE, MIN_KL, Probe, Sensitivity, carry_over
+from kvcli.calibration.space import SearchSpace, Setting
+from kvcli.calibration.surrogate import solve
 from kvcli.models.architectures import Rope, geometry
 from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
@@ -118,7 +116,7 @@ def test_what_has_no_error_costs_nothing_to_speak_of(error, kl):
 )
 def test_the_measured_format_has_the_second_smallest_width_of_those_that_lose_anything(formats, bits):
     candidates = tuple(KVFormat(x, group=16 * (i + 1)) for i, x in enumerate(formats))
-    assert kvtuner.anchor(candidates) == formats.index(bits)
+    assert sensitivity.anchor(candidates) == formats.index(bits)
 
 
 # --- output errors ----------------------------------------------------------------------------------------------------
@@ -168,8 +166,8 @@ def test_output_errors_are_those_of_attention_on_the_stored_tokens(treatment, wi
     rope, tensors = Rope.from_model(model), means(layers)
     index, _, seen = list(layer_inputs(model, plan, random_ids(1, 58)))[1]
     seen = Attention(seen.query, seen.key.bfloat16().float(), seen.value.bfloat16().float(), seen.scaling)
-    for which in kvtuner.TENSORS:
-        found = kvtuner.output_errors(seen, plan, index, which, CANDIDATES, rope, tensors)
+    for which in sensitivity.TENSORS:
+        found = sensitivity.output_errors(seen, plan, index, which, CANDIDATES, rope, tensors)
         for fmt, error in zip(CANDIDATES, found, strict=True):
             changed = list(layers)  # the other tensor is packed too, so that an exact format is tried on the same pages
             changed[index] = replace(layers[index], **{"k": WIDTHS[0], "v": WIDTHS[0], which: fmt})
@@ -184,9 +182,9 @@ def test_output_errors_do_not_depend_on_the_order_of_candidates(first):
     _, _, seen = next(layer_inputs(model, plan, random_ids(1, 58)))
     rope = Rope.from_model(model)
     formats = CANDIDATES[first:] + CANDIDATES[:first]
-    found = dict(zip(formats, kvtuner.output_errors(seen, plan, 0, "k", formats, rope, {}), strict=True))
+    found = dict(zip(formats, sensitivity.output_errors(seen, plan, 0, "k", formats, rope, {}), strict=True))
     for fmt in CANDIDATES:
-        alone = kvtuner.output_errors(seen, plan, 0, "k", (WIDTHS[0], fmt), rope, {})[1]
+        alone = sensitivity.output_errors(seen, plan, 0, "k", (WIDTHS[0], fmt), rope, {})[1]
         assert found[fmt] == alone
 
 
@@ -195,7 +193,7 @@ def test_output_errors_fall_with_bits(which):
     model = tiny(torch.float32)
     plan = CachePlan(tuple(exact_layers(model)), sink_tokens=4)
     for index, _, seen in layer_inputs(model, plan, random_ids(2, 64)):
-        found = kvtuner.output_errors(seen, plan, index, which, (*WIDTHS, EXACT), Rope.from_model(model), {})
+        found = sensitivity.output_errors(seen, plan, index, which, (*WIDTHS, EXACT), Rope.from_model(model), {})
         assert all(a > 2 * b for a, b in itertools.pairwise(found))
         assert found[-1] < 1e-6
 
@@ -226,7 +224,7 @@ def test_a_layers_kl_is_that_of_really_storing_this_layer_alone(window):
     )  # fmt: skip
     probe = probe_of(model, random_ids(2, 90))
     steps: list[int] = []
-    found = kvtuner.measure_layers(probe, searched, layers, "bfloat16", lambda: steps.append(1))
+    found = sensitivity.measure_layers(probe, searched, layers, "bfloat16", lambda: steps.append(1))
     assert set(found) == {"error", "kl", "measured"}
     assert len(steps) == len(layers)
     for which, at, block in (("k", 2, 32), ("v", 0, 16)):
@@ -248,7 +246,7 @@ def test_a_layers_kl_is_that_of_really_storing_this_layer_alone(window):
 def test_exact_candidates_cost_nothing_and_the_others_what_they_do(k):
     model = tiny(torch.bfloat16)
     layers, probe = exact_layers(model), probe_of(model, random_ids(1, 64))
-    found = kvtuner.measure_layers(probe, space(k, (KVFormat(4, group=16),)), layers, "bfloat16")
+    found = sensitivity.measure_layers(probe, space(k, (KVFormat(4, group=16),)), layers, "bfloat16")
     for costs in (*found["kl"]["k"], *found["kl"]["v"]):
         assert all(0 <= x < 1 for x in costs)
     for costs in found["kl"]["k"]:
@@ -264,7 +262,7 @@ def test_settings_are_measured_on_whole_plans_relative_to_the_base():
     layers = exact_layers(model)
     probe = probe_of(model, random_ids(1, 160))
     searched = space(block_sizes=(16, 32), sink_tokens=(0, 4), residual_windows=(0, 40))
-    found = kvtuner.measure_settings(probe, searched, layers, "bfloat16")
+    found = sensitivity.measure_settings(probe, searched, layers, "bfloat16")
     assert set(found) == set(searched.settings())
     assert found[BASE] == 1
 
@@ -287,113 +285,11 @@ def test_formats_that_need_large_pages_can_be_measured(blocks):
     searched = space((*k, KVFormat(4, group=16)), block_sizes=blocks, sink_tokens=(0,), residual_windows=(32,))
     steps: list[int] = []
     layers = exact_layers(model)
-    found = kvtuner.measure_settings(
+    found = sensitivity.measure_settings(
         probe_of(model, random_ids(1, 128)), searched.fitting(layers), layers, "bfloat16", lambda: steps.append(1)
     )
     assert set(found) == set(searched.settings())
     assert all(0 < x < math.inf for x in found.values())
-
-
-# --- choosing ---------------------------------------------------------------------------------------------------------
-
-FULL = LayerPlan(2, 64, EXACT, EXACT)
-SLIDING = LayerPlan(2, 64, EXACT, EXACT, kind="sliding", window=100)
-WIDE = LayerPlan(1, 128, EXACT, EXACT)
-MODELS = {"alike": [FULL] * 6, "mixed": [FULL, SLIDING, WIDE, SLIDING]}
-
-
-def invented(searched: SearchSpace, layers: list[LayerPlan], seed: int = 0) -> Sensitivity:
-    """Measurements that might be: losses fall with bits, layers and settings differ."""
-    rng = random.Random(seed)
-
-    def table(formats: tuple[KVFormat, ...]) -> list[list[float]]:
-        scales = [10 ** rng.uniform(-3, 0) for _ in layers]
-        return [[s * 4.0 ** -(f.bits if f.bits < 16 else 12) * rng.uniform(0.7, 1.3) for f in formats] for s in scales]
-
-    shared = list(searched.settings())
-    ratio = {s: rng.uniform(0.9, 1.1) / (1 + s.residual_window / 50 + s.sink_tokens / 9) for s in shared}
-    kl: Any = {"k": table(searched.k), "v": table(searched.v)}
-    return Sensitivity(searched, layers, "bfloat16", kl, kl, {"k": {"kl": [0.5]}, "v": {}}, ratio)
-
-
-@pytest.mark.parametrize("context", [100, 2047])
-@pytest.mark.parametrize("model", MODELS)
-def test_every_budget_is_met_and_a_larger_one_is_never_worse(model, context):
-    few = replace(load_recipe("balanced"), sink_tokens=(0, 4), residual_windows=(0, 32))
-    found = invented(few.fitting(MODELS[model]), MODELS[model])
-    least = least_bits(found, context, nominal=False)
-    losses = []
-    for i in range(40):
-        bits = least + i * (8 - least) / 39
-        solutions = solve(found, bits, context)
-        assert all(s.plan.effective_bits(context) <= bits + 1e-9 for s in solutions)
-        assert solutions == sorted(solutions, key=lambda s: s.predicted_kl)
-        losses.append(solutions[0].predicted_kl)
-    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(losses))
-    assert losses[-1] < losses[0] / 10
-
-
-@pytest.mark.parametrize("context", [40, 100, 1013])
-@pytest.mark.parametrize("layers", [[FULL, FULL], [FULL, SLIDING], [WIDE, FULL, SLIDING]], ids=["2", "sliding", "3"])
-def test_the_plan_is_the_best_of_all_plans(layers, context):
-    formats = (KVFormat(2), KVFormat(3, "channel", group=32), EXACT)
-    searched = space(
-        formats, (KVFormat(2), KVFormat(4, group=32)),
-        block_sizes=(16, 32), sink_tokens=(0, 4), residual_windows=(0, 32),
-    )  # fmt: skip
-    found = invented(searched, layers)
-    pairs = list(itertools.product(range(len(searched.k)), range(len(searched.v))))
-    points = []
-    for setting, ratio in found.ratio.items():
-        usable = [(a, b) for a, b in pairs if searched.k[a].axis == "token" or setting.block_size == 32]
-        for chosen in itertools.product(usable, repeat=len(layers)):
-            stored = [searched.layer(x, searched.k[a], searched.v[b]) for x, (a, b) in zip(layers, chosen, strict=True)]
-            loss = sum(found.kl["k"][i][a] + found.kl["v"][i][b] for i, (a, b) in enumerate(chosen)) * ratio
-            points.append((searched.plan(stored, setting, "bfloat16").effective_bits(context), loss))
-    least = min(bits for bits, _ in points)
-    assert least <= least_bits(found, context, nominal=False) <= least + 1e-3
-    for share in (0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1):
-        budget = least * (1 + 1e-9) + share * (16 - least)
-        best = min(loss for bits, loss in points if bits <= budget)
-        assert solve(found, budget, context)[0].predicted_kl == pytest.approx(best)
-
-
-@pytest.mark.parametrize("nominal", [False, True])
-@pytest.mark.parametrize("model", MODELS)
-def test_a_budget_below_the_least_names_it(model, nominal):
-    found = invented(load_recipe("balanced").fitting(MODELS[model]), MODELS[model])
-    least = least_bits(found, 1000, nominal)
-    assert solve(found, least, 1000, nominal=nominal)
-    kind = "nominal" if nominal else "effective"
-    said = f"{kind} bits at 1000 tokens cannot be met; the least reachable is {least:.3f}."
-    with pytest.raises(BudgetError, match=re.escape(said)):
-        solve(found, least - 0.002, 1000, nominal=nominal)
-    assert not nominal or least == 2
-
-
-def test_nominal_budgets_count_as_papers_do():
-    found = invented(load_recipe("balanced").fitting(MODELS["mixed"]), MODELS["mixed"])
-    for bits in (2, 2.75, 3.25, 4, 8):
-        assert all(s.plan.nominal_bits <= bits for s in solve(found, bits, 1000, nominal=True))
-    assert solve(found, 3.25, 1000, nominal=True)[0].plan.nominal_bits > 3.1
-
-
-def test_channel_groups_that_exceed_the_page_are_left_out():
-    best = KVFormat(3, "channel", group=32)
-    searched = space((*WIDTHS, best), block_sizes=(16, 32), residual_windows=(0,))
-    found = invented(searched, MODELS["alike"])
-    for layer in found.kl["k"]:
-        layer[-1] = 1e-9  # far better than anything else
-    by_block = {s.plan.block_size: s.plan for s in solve(found, 4.5, 4096)}
-    assert all(layer.k == best for layer in by_block[32].layers)
-    assert all(layer.k != best for layer in by_block[16].layers)
-
-
-def test_a_setting_that_holds_no_format_is_passed_over():
-    searched = space((KVFormat(3, "channel", group=32),), block_sizes=(16, 32))
-    found = invented(searched, MODELS["alike"])
-    assert {s.plan.block_size for s in solve(found, 8, 4096)} == {32}
-    assert least_bits(found, 4096, nominal=False) > 2
 
 
 def test_measurements_survive_json():
@@ -401,8 +297,8 @@ def test_measurements_survive_json():
     layers = exact_layers(model)
     searched = space(sink_tokens=(0, 4), transform="hadamard", center=True)
     probe = probe_of(model, random_ids(1, 64))
-    ratio = kvtuner.measure_settings(probe, searched, layers, "bfloat16")
-    measured = kvtuner.measure_layers(probe, searched, layers, "bfloat16")
+    ratio = sensitivity.measure_settings(probe, searched, layers, "bfloat16")
+    measured = sensitivity.measure_layers(probe, searched, layers, "bfloat16")
     found = Sensitivity(searched, layers, "bfloat16", measured["error"], measured["kl"], measured["measured"], ratio)
     again = Sensitivity.from_json(json.loads(json.dumps(found.to_json())))
     assert again == found

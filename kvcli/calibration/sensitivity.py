@@ -1,10 +1,8 @@
-"""Layer-wise sensitivity to key and value formats, and the plan that spends a budget best.
+"""Sensitivity of a model to how each layer's keys and values are stored, and to what all layers share.
 
-After KVTuner (Li et al., 2025, arXiv:2502.04420): sensitivities are measured layer by layer on captured attention, and
-precision is chosen per layer for keys and values apart. Departures: the loss is the KL divergence of the model's output
-distribution, measured end to end for one format per layer and tensor and carried over to the other formats by their
-attention output error; losses add up over tensors and layers; and the plan is the exact optimum of that sum under
-a ceiling on effective bits (a knapsack) instead of a genetic search.
+After KVTuner (Li et al., 2025, arXiv:2502.04420): sensitivities are measured layer by layer on captured attention.
+Departure: the loss is the KL divergence of the model's output distribution, measured end to end for one format per
+layer and tensor, and carried over to the other formats by their attention output error.
 """
 
 from __future__ import annotations
@@ -19,10 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcli.calibration import knapsack
 from kvcli.calibration.capture import Attention, layer_inputs, plain_cache, run_layers
 from kvcli.calibration.space import SearchSpace, Setting, fits
-from kvcli.errors import BudgetError
 from kvcli.models.architectures import Rope
 from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
@@ -33,7 +29,6 @@ from kvcli.runtime.packed_layer import PackedLayer
 Which = Literal["k", "v"]
 TENSORS: tuple[Which, Which] = ("k", "v")
 BASE = Setting(block_size=16, sink_tokens=4, residual_window=0)  # under which layers are compared
-NO_CEILING = 1e6  # bits: more than any plan takes
 MIN_KL = 1e-12  # nats; below this a measurement is rounding
 
 
@@ -101,17 +96,6 @@ class Sensitivity:
         if not all(math.isfinite(x) and x >= 0 for x in found.ratio.values()):
             raise ValueError("a ratio is not a number")
         return found
-
-
-@dataclass(frozen=True)
-class Solution:
-    """A plan and the mean KL, in nats a token, that the additive model predicts for it."""
-
-    plan: CachePlan
-    predicted_kl: float
-
-
-# --- measuring --------------------------------------------------------------------------------------------------
 
 
 def anchor(formats: tuple[KVFormat, ...]) -> int:
@@ -281,86 +265,3 @@ def measure_settings(
         sinks = kl(replace(base, sink_tokens=setting.sink_tokens))
         out[setting] = tail / kl(base) * sinks / kl(base)
     return out
-
-
-# --- choosing ---------------------------------------------------------------------------------------------------
-
-
-def solve_setting(found: Sensitivity, setting: Setting, bits: float, context: int, nominal: bool) -> Solution | None:
-    """Return the best plan under one setting, or None if even the smallest exceeds the budget."""
-    space, geometry = found.space, found.geometry
-    pairs = [
-        (a, b)
-        for a, k in enumerate(space.k)
-        for b, v in enumerate(space.v)
-        if fits(k, setting.block_size) and fits(v, setting.block_size)
-    ]
-    if not pairs:
-        return None
-    cost: dict[LayerPlan, list[int]] = {}  # layers of one geometry weigh alike
-
-    def plan_of(choices: list[int]) -> CachePlan:
-        chosen = [pairs[c] for c in choices]
-        layers = [space.layer(x, space.k[a], space.v[b]) for x, (a, b) in zip(geometry, chosen, strict=True)]
-        return space.plan(layers, setting, found.dtype)
-
-    def spent(plan: CachePlan) -> float:
-        return plan.nominal_bits if nominal else plan.effective_bits(context)
-
-    length = plan_of([0] * len(geometry)).worst_length(context)
-    for x in set(geometry):
-        options = [space.layer(x, space.k[a], space.v[b]) for a, b in pairs]
-        cost[x] = [
-            o.k.bits + o.v.bits if nominal else space.plan([o], setting, found.dtype).layer_bytes_at(0, length)
-            for o in options
-        ]
-    weights = [cost[x] for x in geometry]
-    losses = [[k[a] + v[b] for a, b in pairs] for k, v in zip(found.kl["k"], found.kl["v"], strict=True)]
-    per_bit = 2 * len(geometry) if nominal else length * sum(x.scalars_per_token for x in geometry) / 8
-    ceiling = math.floor(bits * per_bit + 1e-9)
-    while (choices := knapsack.solve(weights, losses, ceiling)) is not None:
-        plan = plan_of(choices)
-        over = spent(plan) - bits
-        if over <= 1e-9:
-            loss = sum(x[c] for x, c in zip(losses, choices, strict=True)) * found.ratio[setting]
-            return Solution(plan, loss)
-        # another length of the last block is the worst one for this plan: tighten by what it is over
-        ceiling = min(ceiling - 1, math.floor(ceiling - over * per_bit))
-    return None
-
-
-def solve(found: Sensitivity, bits: float, context: int, *, nominal: bool = False) -> list[Solution]:
-    """Return the best plan of every setting that can meet the budget, best first.
-
-    Parameters
-    ----------
-    found
-        The measurements.
-    bits
-        Ceiling on effective bits at ``context``, or on nominal bits.
-    context
-        Tokens of one sequence at which effective bits are counted.
-    nominal
-        Count as papers do.
-
-    Raises
-    ------
-    BudgetError
-        Naming the least reachable budget.
-    """
-    solutions = [s for setting in found.ratio if (s := solve_setting(found, setting, bits, context, nominal))]
-    if not solutions:
-        least = least_bits(found, context, nominal)
-        kind = "nominal" if nominal else "effective"
-        raise BudgetError(
-            f"{bits:g} {kind} bits at {context} tokens cannot be met; the least reachable is {least:.3f}."
-        )
-    return sorted(solutions, key=lambda s: s.predicted_kl)
-
-
-def least_bits(found: Sensitivity, context: int, nominal: bool) -> float:
-    """Return the smallest budget any plan of the space meets, rounded up to three decimals."""
-    free = Sensitivity.unmeasured(found.space, found.geometry, found.dtype)
-    plans = [s.plan for setting in found.ratio if (s := solve_setting(free, setting, NO_CEILING, context, nominal))]
-    least = min(p.nominal_bits if nominal else p.effective_bits(context) for p in plans)
-    return math.ceil(least * 1000 - 1e-6) / 1000
