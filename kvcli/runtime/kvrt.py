@@ -7,7 +7,7 @@ the same fields in the same order, and a test holds the two together.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -131,6 +131,13 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         ),
     ),
     "kvrt_silu_mul": (c_int, (c_void_p, c_void_p, c_int64, c_int32, c_int32, POINTER(Exec))),
+    "kvrt_int4_matmul": (
+        c_int,
+        (
+            c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32, c_int32, c_int32, POINTER(Exec),
+        ),
+    ),
+    "kvrt_int4_expand": (c_int, (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32, POINTER(Exec))),
 }  # fmt: skip
 
 
@@ -166,9 +173,17 @@ class Library:
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call ``kvrt_{name}``, and raise :class:`NativeError` unless it says it succeeded."""
-        status = getattr(self._c, f"kvrt_{name}")(*arguments)
-        if status:
-            raise NativeError(f"{name}: {self._c.kvrt_status_text(status).decode()}.")
+        self.bind(name, *arguments)()
+
+    def bind(self, name: str, *arguments: Any, kept: object = None) -> Callable[[], None]:
+        """Return :meth:`call` with these arguments; ``kept`` lives as long, for pointers to point to."""
+        function = self.function(name)
+
+        def run(_: object = kept) -> None:
+            if status := function(*arguments):
+                raise NativeError(f"{name}: {self._c.kvrt_status_text(status).decode()}.")
+
+        return run
 
     def function(self, name: str) -> Any:
         """Return ``kvrt_{name}`` itself, for loops that cannot afford :meth:`call`."""

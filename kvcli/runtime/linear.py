@@ -6,20 +6,22 @@ A layer is bound once to the buffers it reads and writes; what :meth:`bind` retu
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from ctypes import byref
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvcli.errors import InputError, UsageError
+from kvcli.runtime import kvrt
 
 GROUP = 32  # weights that share a scale and a zero point
-PANEL = 64  # output rows that torch interleaves in its packing for AVX-512; 32 for AVX2
-# Torch's int4 kernel is made for a few rows. On one AVX-512 core, 576 x 3072: 0.043 ms a row, against 0.95 ms to decode
-# the weights and multiply in bf16, plus 0.018 ms a row: they meet at 39 rows.
-FEW_ROWS = 40
-SCRATCH = 1 << 21  # weights decoded at a time: 4 MB of bf16, so that they stay in the cache until they are multiplied
+TILE = 16  # outputs that lie side by side
+# One AVX-512 core writes 3072 x 576 weights out in 0.57 ms and multiplies them in bf16 in 0.016 ms a row; it multiplies
+# their codes in 0.024 ms a row. From 64 rows on writing out is the faster.
+FEW_ROWS = 64
+SCRATCH = 1 << 21  # weights written out at a time: 4 MB of bf16, so that they stay in the cache until they are read
 
 
 class Linear(Protocol):
@@ -63,28 +65,28 @@ class Dense:
 
 
 class Scratch:
-    """Where all int4 layers decode their weights, one after the other."""
+    """Where all int4 layers write their weights out, one after the other."""
 
     def __init__(self) -> None:
         self.weights = torch.empty(0, dtype=torch.bfloat16)
-        self.codes = torch.empty(0, dtype=torch.uint8)
 
-    def reserve(self, weights: int) -> None:
-        """Make room for so many."""
+    def reserve(self, weights: int) -> Tensor:
+        """Return room for so many."""
         if self.weights.numel() < weights:
             self.weights = torch.empty(weights, dtype=torch.bfloat16)
-            self.codes = torch.empty(weights // 2, dtype=torch.uint8)
+        return self.weights[:weights]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return self.weights.nbytes + self.codes.nbytes
+        return self.weights.nbytes
 
 
 class Int4:
     """Weights in 4 bits: ``(code - 8) * scale + zero``, with a bf16 scale and zero for 32 inputs of an output.
 
-    Codes are the nearest ones between the group's minimum and maximum. They are kept only in torch's own packing.
+    Codes are the nearest ones between the group's minimum and maximum. They are kept only as the kernels read them.
+    Activations and results are bf16, results also float32.
 
     Parameters
     ----------
@@ -94,8 +96,10 @@ class Int4:
         [out features], or None.
     scratch
         Shared by all layers of a model.
+    threads
+        Of the kernels; 0 for as many as torch uses.
     few_rows
-        Rows up to which torch's int4 kernel is used rather than decoded weights.
+        Rows up to which codes are multiplied rather than weights written out.
 
     Raises
     ------
@@ -106,81 +110,82 @@ class Int4:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, *, scratch: Scratch | None = None, few_rows: int = FEW_ROWS
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        scratch: Scratch | None = None,
+        threads: int = 0,
+        few_rows: int = FEW_ROWS,
     ) -> None:
         if weight.device.type != "cpu":
             raise UsageError("int4 weights run on the CPU only; leave out --weights int4 on a GPU.")
-        n, k = self.shape = (weight.shape[0], weight.shape[1])
-        if k % GROUP:
-            raise InputError(f"a layer of {k} inputs does not divide into groups of {GROUP} for int4 weights.")
-        self.scratch = scratch or Scratch()
-        # without a packing that is understood the kernel has to serve any number of rows
-        self.few_rows = few_rows if interleaves_halves() else 1 << 30
+        self.shape = (weight.shape[0], weight.shape[1])
+        check_width(weight.shape[1])
+        self.scratch, self.few_rows = scratch or Scratch(), few_rows
         self.bias = None if bias is None else bias.to(torch.bfloat16)
-        rows = -(-n // PANEL) * PANEL
-        self.packed = torch.empty(0, dtype=torch.uint8)
-        packed, scales = [], []
-        for part in weight.split(max(PANEL, SCRATCH // k // PANEL * PANEL)):  # float32 and int32 copies of a part only
-            full = torch.zeros(-(-part.shape[0] // PANEL) * PANEL, k)
-            full[: part.shape[0]] = part
-            codes, scale, zero = quantise(full)
-            packed.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
-            scales.append(torch.stack((scale.t(), zero.t()), -1))
-        self.packed = torch.cat(packed)
-        self.scales = torch.cat(scales, 1).contiguous()
-        assert self.packed.shape[0] == rows
+        self.exec = kvrt.Exec(threads or torch.get_num_threads(), 0, None)
+        self.library = kvrt.library("cpu")
+        rows = max(TILE, SCRATCH // weight.shape[1] // TILE * TILE)  # float32 and int32 copies of a part only
+        self.packed = torch.cat([pack(*quantise(part.float())) for part in weight.split(rows)])
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales, zeros and bias."""
-        return self.packed.nbytes + self.scales.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        return self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def bind(self, x: Tensor, out: Tensor) -> Callable[[], object]:
-        """Return what computes ``out`` from ``x``: bf16 [rows, out features] and [rows, in features]."""
-        return partial(self._few if x.shape[0] <= self.few_rows else self._many, x, out)
-
-    def _few(self, x: Tensor, out: Tensor) -> None:
-        found = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, self.packed, GROUP, self.scales)
-        if found.shape[1] != out.shape[1]:
-            found = found[:, : out.shape[1]]
-        if self.bias is None:
-            out.copy_(found)
-        else:
-            torch.add(found, self.bias, out=out)
+        """Return what computes ``out`` [rows, out features] from ``x``, bf16 [rows, in features]."""
+        if x.shape[0] > self.few_rows:
+            return partial(self._many, x, out)
+        return self.library.bind(
+            "int4_matmul", out.data_ptr(), x.data_ptr(), self.packed.data_ptr(),
+            kvrt.pointer(self.bias), x.shape[0], *self.shape, GROUP, kvrt.DTYPES[x.dtype], kvrt.DTYPES[out.dtype],
+            byref(self.exec), kept=(x, out),
+        )  # fmt: skip
 
     def _many(self, x: Tensor, out: Tensor) -> None:
-        for first, last in self._pieces():
-            torch.mm(x, self._decode(first, last)[:, : self.shape[0] - first], out=out[:, first:last])
+        step = max(TILE, SCRATCH // self.shape[1] // TILE * TILE)
+        for first in range(0, self.shape[0], step):
+            piece = out[:, first : first + step]
+            weights = self._expand(first, min(step, TILE * len(self.packed) - first))[:, : piece.shape[1]]
+            if out.dtype == x.dtype:
+                torch.mm(x, weights, out=piece)
+            else:
+                piece.copy_(torch.mm(x, weights))
         if self.bias is not None:
             out.add_(self.bias)
 
-    def _pieces(self) -> list[tuple[int, int]]:
-        step = max(PANEL, SCRATCH // self.shape[1] // PANEL * PANEL)
-        rows = self.packed.shape[0]
-        return [(first, min(first + step, rows)) for first in range(0, rows, step)]
-
-    def _decode(self, first: int, last: int) -> Tensor:
-        """Decode output features ``first`` … ``last`` into the scratch: bf16 [in features, last - first]."""
-        n, k, half = last - first, self.shape[1], panel() // 2
-        self.scratch.reserve(n * k)
-        out = self.scratch.weights[: n * k].view(k, n)
-        panels = self.packed[first:last].view(-1, k, half)
-        codes = self.scratch.codes[: n * k // 2].view(panels.shape)
-        halves = out.view(k, -1, 2, half).permute(2, 1, 0, 3)  # [2, panels, in features, half a panel]
-        for i, target in enumerate(halves):
-            _ = torch.bitwise_right_shift(panels, 4, out=codes) if i else torch.bitwise_and(panels, 15, out=codes)
-            codes.sub_(8)  # wraps around, as a signed byte wants it
-            target.copy_(codes.view(torch.int8))
-        scale, zero = self.scales[:, None, first:last].unbind(-1)
-        grouped = out.view(k // GROUP, GROUP, n)
-        torch.addcmul(zero.contiguous(), grouped, scale.contiguous(), out=grouped)
+    def _expand(self, first: int, count: int) -> Tensor:
+        """Write the weights of outputs from ``first`` on into the scratch: bf16 [in features, count]."""
+        out = self.scratch.reserve(count * self.shape[1]).view(self.shape[1], count)
+        self.library.call(
+            "int4_expand", out.data_ptr(), self.packed.data_ptr(), first, count, self.shape[1], GROUP, byref(self.exec)
+        )
         return out
 
-    def dense(self) -> Tensor:
-        """Return the weights that this layer computes with, float32 [out features, in features]."""
-        eye = torch.eye(self.shape[1], dtype=torch.bfloat16)
-        found: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(eye, self.packed, GROUP, self.scales)
-        return found.t()[: self.shape[0]].float()
+
+def check_width(width: int) -> None:
+    """Raise :class:`InputError` unless inputs divide into groups."""
+    if width % GROUP:
+        raise InputError(f"a layer of {width} inputs does not divide into groups of {GROUP} for int4 weights.")
+
+
+def pack(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Lay codes [out, in], scales and zeros [out, in / group] out in tiles, as ``csrc/cpu/int4.h`` shows.
+
+    Returns
+    -------
+    Tensor
+        uint8 [tiles, groups, 64 + 8 * group]; outputs are padded with zeros to a multiple of 16.
+    """
+    padding = (0, 0, 0, -codes.shape[0] % TILE)
+    codes = torch.nn.functional.pad(codes.to(torch.uint8), padding)
+    tiles = codes.view(-1, TILE, codes.shape[1] // GROUP, GROUP // 8, 2, 4)  # output, group, vector, half, byte
+    low, high = tiles.permute(0, 2, 3, 4, 1, 5).unbind(3)
+    scales = torch.stack([torch.nn.functional.pad(x, padding) for x in (scale, zero)])
+    rows = scales.view(2, -1, TILE, scale.shape[1]).permute(1, 3, 0, 2).contiguous().view(torch.uint8)
+    return torch.cat((rows.flatten(2), (low | high << 4).flatten(2)), -1)
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,24 +208,6 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     zero = torch.where(flat, low, low + 8 * scale.float()).to(torch.bfloat16)
     codes = ((groups - zero.float()[..., None]) / scale.float()[..., None]).round() + 8
     return codes.clamp(0, 15).to(torch.int32).flatten(1), scale, zero
-
-
-@cache
-def panel() -> int:
-    """Output features that torch interleaves on this machine."""
-    return {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 64)
-
-
-@cache
-def interleaves_halves() -> bool:
-    """Whether torch packs int4 as :meth:`Int4._decode` reads it: a panel's first half in the low bits of its bytes."""
-    codes = torch.randint(0, 16, (2 * PANEL, 64), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    if packed.numel() != codes.numel() // 2 or packed.dtype != torch.uint8:
-        return False
-    panels = packed.view(-1, 64, panel() // 2)
-    read = torch.cat((panels & 15, panels >> 4), -1).permute(0, 2, 1).reshape(codes.shape)
-    return torch.equal(read.to(torch.int32), codes)
 
 
 class Blocks:

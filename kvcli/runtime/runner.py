@@ -87,7 +87,9 @@ class ModelRunner:
         if int4 and backend != "cpu":
             raise UsageError("int4 weights run on the CPU only; leave out --weights int4 on a GPU.")
         self.threads, self.block = threads or torch.get_num_threads(), BLOCK if deterministic else 0
-        self.weights = ModelWeights(loaded, dtype=self.dtype, kind=weights, device=self.device, block=self.block)
+        self.weights = ModelWeights(
+            loaded, dtype=self.dtype, kind=weights, device=self.device, block=self.block, threads=self.threads
+        )
         self.resize(capacity=capacity, batch_size=batch_size)
 
     def resize(self, *, capacity: int, batch_size: int = 1) -> None:
@@ -104,8 +106,8 @@ class ModelRunner:
         ]  # fmt: skip
         vocabulary = self.weights.head.shape[0]
         rows = self.padded(batch_size)
-        self._raw_logits = torch.zeros(rows, vocabulary, dtype=self.dtype, device=self.device)
-        self._logits = self._raw_logits if self.dtype == torch.float32 else self._raw_logits.float()
+        self._raw_logits = torch.zeros(rows, vocabulary, dtype=self.weights.logits_dtype, device=self.device)
+        self._logits = self._raw_logits.float()  # itself if it is float32
         self._head = self.weights.head.bind(self._step.normed, self._raw_logits)
         self._graph: Any = None
         self._chunk: ChunkAttention | TokenAttention | None = None
@@ -333,7 +335,7 @@ class ModelRunner:
     def _logits_of(self, hidden: Tensor) -> Tensor:
         """Logits of normed hidden states [tokens, hidden], float32 [tokens, vocabulary]."""
         rows, head = len(hidden), self.weights.head
-        out = torch.empty(self.padded(rows), head.shape[0], dtype=self.dtype, device=self.device)
+        out = torch.empty(self.padded(rows), head.shape[0], dtype=self.weights.logits_dtype, device=self.device)
         if len(out) > rows:
             hidden = torch.cat((hidden, hidden.new_zeros(len(out) - rows, hidden.shape[1])))
         head.bind(hidden, out)()

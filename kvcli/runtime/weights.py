@@ -14,7 +14,7 @@ from kvcli.errors import InputError, KvcliError
 from kvcli.models.architectures import check_model_type
 from kvcli.models.loading import LoadedModel
 from kvcli.plan import CachePlan
-from kvcli.runtime.linear import Blocks, Dense, Int4, Linear, Scratch
+from kvcli.runtime.linear import Blocks, Dense, Int4, Linear, Scratch, check_width
 
 Kind = Literal["none", "int4"]
 
@@ -66,21 +66,41 @@ class ModelWeights:
         Where everything goes.
     block
         Rows that linear layers compute at a time, so that no row depends on how many there are; 0 for all.
+    threads
+        Of int4 layers on a CPU; 0 for as many as torch uses.
 
     Attributes
     ----------
     embedding
         [vocabulary, hidden].
+    logits_dtype
+        What the head writes.
+
+    Raises
+    ------
+    InputError
+        If a layer does not fit int4; the model keeps its weights then.
     """
 
     def __init__(
-        self, loaded: LoadedModel, *, dtype: torch.dtype, kind: Kind = "none", device: torch.device, block: int = 0
+        self,
+        loaded: LoadedModel,
+        *,
+        dtype: torch.dtype,
+        kind: Kind = "none",
+        device: torch.device,
+        block: int = 0,
+        threads: int = 0,
     ) -> None:
         model: Any = loaded.model
-        self._dtype, self._kind, self._device, self._block = dtype, kind, device, block
+        self._dtype, self._kind, self._device, self._block, self._threads = dtype, kind, device, block, threads
         self.scratch = Scratch()
+        self.logits_dtype = torch.float32 if kind == "int4" else dtype
         if not model.model.embed_tokens.weight.numel():
             raise KvcliError("this model's weights were given to int4 layers already; load it anew.")
+        if kind == "int4":
+            for width in {x.in_features for x in model.modules() if isinstance(x, nn.Linear)}:
+                check_width(width)
         self.embedding: Tensor = self._move(model.model.embed_tokens.weight)
         self.norm: Tensor = self._move(model.model.norm.weight)
         self.eps = float(model.config.rms_norm_eps)
@@ -114,7 +134,7 @@ class ModelWeights:
             bias = torch.cat([m.bias.detach() for m in modules]).to(self._device, self._dtype)
         made: Linear
         if self._kind == "int4":
-            made = Int4(weight.to(self._device), bias, scratch=self.scratch)
+            made = Int4(weight.to(self._device), bias, scratch=self.scratch, threads=self._threads)
             if release:
                 _release(*modules)
         else:

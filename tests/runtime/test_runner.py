@@ -263,13 +263,19 @@ def test_memory_is_counted_and_weights_are_shared(pair: Callable[..., Pair]) -> 
 
 def small_llama(**changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1, **changes,
-    )  # fmt: skip
+    shape = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**{**shape, **heads, "max_position_embeddings": 512, "initializer_range": 0.1, **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.eval().requires_grad_(False)
     return model
+
+
+def dense_of(layer: Any) -> torch.Tensor:
+    """The weights that a layer computes with: what it makes of the identity."""
+    out = torch.empty(layer.shape[1], layer.shape[0])
+    layer.bind(torch.eye(layer.shape[1], dtype=torch.bfloat16), out)()
+    return out.t() if layer.bias is None else (out - layer.bias.float()).t()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -289,11 +295,11 @@ def test_int4_weights_run_as_their_dequantised_selves(tied: bool, plan_for: Plan
         ):  # fmt: skip
             whole: Any = linear
             parts = [state[at + name + ".weight"] for name in names]
-            for parameter, part in zip(parts, whole.dense().split([len(x) for x in parts]), strict=True):
+            for parameter, part in zip(parts, dense_of(whole).split([len(x) for x in parts]), strict=True):
                 assert float((parameter - part).abs().max()) < 0.15 or tied
                 parameter.data = part.clone()
     head: Any = runner.weights.head
-    state["lm_head.weight"].data = head.dense()
+    state["lm_head.weight"].data = dense_of(head)
     state["model.embed_tokens.weight"].data = runner.weights.embedding.float()
     dense = loaded_of(other)
     packed = PackedModel(dense, plan, {})
@@ -325,6 +331,10 @@ def test_what_cannot_be_run_is_refused(plan_for: PlanFor) -> None:
     del model.config.quantization_config
     with pytest.raises(UsageError, match="bfloat16"):
         ModelRunner(loaded_of(model), plan, capacity=8, weights="int4", dtype=torch.float32)
+    odd = small_llama(intermediate_size=72)
+    with pytest.raises(InputError, match="72 inputs"):
+        ModelRunner(loaded_of(odd), plan, capacity=8, weights="int4")
+    assert all(x.numel() for x in odd.parameters())  # it keeps its weights
     runner = ModelRunner(loaded_of(model), plan, capacity=8)
     with pytest.raises(UsageError, match="do not fit"):
         runner.prefill(random_ids(9))

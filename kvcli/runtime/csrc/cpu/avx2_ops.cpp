@@ -8,6 +8,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "avx2_int4.h"
 #include "f16c_scales.h"
 
 namespace kvrt {
@@ -301,7 +302,7 @@ void hadamard(float *x, int64_t rows, int head_dim) {
 }
 
 const PageOps kOps = {"avx2", score_each<score_page>, accumulate_each<accumulate_page>, add_mean_plain, score_rows, accumulate_rows,
-                      exp_sum, max_of,     dequantize,      hadamard};
+                      exp_sum, max_of,     dequantize,      hadamard, int4_tiles<Avx2Lanes>};
 
 }  // namespace
 

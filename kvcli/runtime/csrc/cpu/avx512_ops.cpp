@@ -8,6 +8,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "avx512_int4.h"
 #include "avx512_rows.h"
 #include "avx512_values.h"
 #include "f16c_scales.h"
@@ -156,7 +157,7 @@ void accumulate_pages(const kv_layer &l, const kv_page_layout &at, const uint8_t
 }
 
 const PageOps kOps = {"avx512",  score_pages, accumulate_pages, add_mean_scores, score_rows, accumulate_rows,
-                      exp_sum,   max_of,      dequantize,       hadamard};
+                      exp_sum,   max_of,      dequantize,       hadamard, int4_tiles<Avx512Lanes>};
 
 }  // namespace
 

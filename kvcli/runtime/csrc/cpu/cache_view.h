@@ -109,6 +109,20 @@ static inline int threads_for(const kvrt_exec *exec, int64_t items, double work)
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, items)));
 }
 
+// Call body(first, last) on equal runs of rows, one a thread.
+template <typename Body>
+static void over_rows(int64_t rows, int threads, const Body &body) {
+  if (threads == 1) {
+    body(int64_t{0}, rows);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+    body(rows * me / team, rows * (me + 1) / team);
+  }
+}
+
 // Uninitialised floats for the length of a call; null data when there is no memory.
 class Scratch {
  public:

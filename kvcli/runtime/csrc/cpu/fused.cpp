@@ -106,20 +106,6 @@ void rope_rows(const RopeJob &job, int64_t first, int64_t last) {
   }
 }
 
-// Call body(first, last, thread) on equal runs of rows.
-template <typename Body>
-void over_rows(int64_t rows, int threads, const Body &body) {
-  if (threads == 1) {
-    body(int64_t{0}, rows);
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
-    body(rows * me / team, rows * (me + 1) / team);
-  }
-}
-
 }  // namespace
 }  // namespace kvrt
 

@@ -20,6 +20,8 @@ static inline void fetch_ahead(const uint8_t *const *slices, int page, int block
   for (int64_t b = from; next && b < to; b += 64) __builtin_prefetch(next + b);
 }
 
+struct Int4Job;
+
 struct PageOps {
   const char *name;
 
@@ -58,6 +60,9 @@ struct PageOps {
   // Orthonormal Hadamard transform of each row in place: blocks of the largest power of two dividing head_dim,
   // butterflies with the smallest stride first, then one multiplication by float(block)^-0.5.
   void (*hadamard)(float *x, int64_t rows, int head_dim);
+
+  // All rows of the outputs of tiles first ... last-1 (int4.h).
+  void (*int4_tiles)(const Int4Job &job, int64_t first, int64_t last);
 };
 
 const PageOps &portable_ops();

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <limits>
 
+#include "int4.h"
 #include "half.h"
 #include "page_runs.h"
 
@@ -157,7 +158,7 @@ void hadamard(float *x, int64_t rows, int head_dim) {
 
 const PageOps &portable_ops() {
   static constexpr PageOps ops{"portable", score_each<score_page>, accumulate_each<accumulate_page>, add_mean_plain, score_rows, accumulate_rows,
-                               exp_sum,    max_of,     dequantize,      hadamard};
+                               exp_sum,    max_of,     dequantize,      hadamard, int4_tiles<PortableLanes>};
   return ops;
 }
 

@@ -1,0 +1,41 @@
+// int4.h with AVX-512 and VNNI: a register is a tile.
+#pragma once
+
+#include <immintrin.h>
+
+#include "int4.h"
+
+namespace kvrt {
+
+struct Avx512Lanes {
+  using Int = __m512i;
+  using Float = __m512;
+  struct Codes {
+    __m512i half[2];
+  };
+  static Int zero() { return _mm512_setzero_si512(); }
+  static Float load(const float *x) { return _mm512_loadu_ps(x); }
+  static void store(float *y, Float x) { _mm512_storeu_ps(y, x); }
+  static Float all(float x) { return _mm512_set1_ps(x); }
+  static Float bfloat(const uint8_t *x) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+  static Codes codes(const uint8_t *w) {
+    const __m512i low = _mm512_set1_epi8(15), both = _mm512_loadu_si512(w);
+    return {{_mm512_and_si512(both, low), _mm512_and_si512(_mm512_srli_epi16(both, 4), low)}};
+  }
+  static Int dot(Int sum, __m512i codes, const int8_t *x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
+  }
+  static Float total(Int high, Int high2, Int low, Int low2, int32_t less) {
+    const __m512i h = _mm512_slli_epi32(_mm512_add_epi32(high, high2), 7), l = _mm512_add_epi32(low, low2);
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_add_epi32(h, l), _mm512_set1_epi32(less)));
+  }
+  static Float times(Float x, float y) { return _mm512_mul_ps(x, _mm512_set1_ps(y)); }
+  static Float add_product(Float sum, Float x, Float y) { return _mm512_add_ps(sum, _mm512_mul_ps(x, y)); }
+};
+
+}  // namespace kvrt
