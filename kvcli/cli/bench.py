@@ -11,7 +11,7 @@ import typer
 from kvcli.cli.console import emit, progress, say, table
 from kvcli.cli.options import JsonFlag, NoVerify, ThreadsOption, TrustRemoteCode, option
 from kvcli.cli.shared import open_with_progress
-from kvcli.errors import KvcliError, UsageError
+from kvcli.errors import InputError, KvcliError, UsageError
 
 if TYPE_CHECKING:
     from kvcli.artifact.reader import Artifact
@@ -103,6 +103,8 @@ def decode(
     from kvcli.models.loading import load
 
     opened = open_with_progress(artifact, verify=not no_verify)
+    if backend == "auto" and weights == "none":
+        chosen = _known(opened, chosen)
     device = "cuda" if chosen == "cuda" else "cpu"
     read = partial(
         load, str(artifact), dtype=opened.plan.dtype, trust_remote_code=trust_remote_code, device=device
@@ -179,6 +181,20 @@ def choose(backend: Backend) -> Literal["cpu", "cuda", "reference"]:
         else:
             return name
     return "reference"
+
+
+def _known(artifact: Artifact, chosen: Literal["cpu", "cuda", "reference"]) -> Literal["cpu", "cuda", "reference"]:
+    """Return what was chosen, or the reference for a model or a plan that native kernels do not compute."""
+    from transformers import AutoConfig
+
+    from kvcli.runtime.weights import check_runnable
+
+    try:
+        check_runnable(AutoConfig.from_pretrained(artifact.path), artifact.plan)
+    except InputError as error:
+        say(f"Not on {chosen}: {error}")
+        return "reference"
+    return chosen
 
 
 def _model_facts(artifact: Artifact) -> tuple[Any, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -155,6 +156,19 @@ def test_a_backend_that_is_not_built_is_an_error(warm, pristine):
 
 def test_int4_weights_need_native_kernels(warm, pristine):
     refused(warm("bench", "decode", pristine, "--backend", "reference", "--weights", "int4"), 2, "--weights int4")
+
+
+@pytest.mark.skipif(not has_native(), reason="needs the CPU kernels")
+def test_what_native_kernels_do_not_compute_is_timed_on_the_reference(warm, pristine, tmp_path):
+    other = shutil.copytree(pristine, tmp_path / "other")
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace('"silu"', '"gelu"'))
+    words = ("bench", "decode", other, "--no-verify", "--depth", 40, "--tokens", 2, *QUICK)
+    done = warm(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "Not on cpu: the native runtime computes SiLU" in done.stderr
+    assert json.loads(done.stdout)["backend"] == "reference"
+    refused(warm(*words, "--backend", "cpu"), 3, "gelu")
 
 
 def test_a_benchmark_has_a_name(warm):
