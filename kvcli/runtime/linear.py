@@ -83,7 +83,7 @@ class Scratch:
 
 
 class Int4:
-    """Weights in 4 bits: ``(code - 8) * scale + zero``, with a bf16 scale and zero for 32 inputs of an output.
+    """Weights in 4 bits: ``code * scale + zero``, with a float16 scale and zero for 32 inputs of an output.
 
     Codes are the nearest ones between the group's minimum and maximum. They are kept only as the kernels read them.
     Activations and results are bf16, results also float32.
@@ -199,14 +199,13 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns
     -------
     tuple
-        Codes int32 [out, in], 0 … 15; scales and zero points bf16 [out, in / group].
+        Codes int32 [out, in], 0 … 15; scales and zero points float16 [out, in / group].
     """
     groups = weight.unflatten(1, (-1, GROUP))
     low, high = groups.aminmax(dim=-1)
-    flat = low == high
-    scale = torch.where(flat, 1.0, (high - low) / 15).to(torch.bfloat16)
-    zero = torch.where(flat, low, low + 8 * scale.float()).to(torch.bfloat16)
-    codes = ((groups - zero.float()[..., None]) / scale.float()[..., None]).round() + 8
+    # weights that are all alike need any scale but none that is zero
+    scale, zero = ((high - low) / 15).to(torch.float16).clamp(min=2.0**-24), low.to(torch.float16)
+    codes = ((groups - zero.float()[..., None]) / scale.float()[..., None]).round()
     return codes.clamp(0, 15).to(torch.int32).flatten(1), scale, zero
 
 

@@ -142,8 +142,8 @@ KVRT_API int kvrt_rope(void *qkv, const int32_t *positions, const float *rope, i
 /* y [rows][width] = silu(gate) * up, where x is [rows][2 width]: gate, then up. */
 KVRT_API int kvrt_silu_mul(void *y, const void *x, int64_t rows, int32_t width, int32_t dtype, const kvrt_exec *exec);
 
-/* Linear layers with weights (code - 8) * scale + zero of 4-bit codes; `group` inputs of an output share scale and zero,
- * both bf16. Bytes lie as cpu/int4.h shows, outputs padded to a multiple of 16. CPU only so far.
+/* Linear layers with weights code * scale + zero of 4-bit codes; `group` inputs of an output share scale and zero, both
+ * float16. Bytes lie as cpu/int4.h shows, outputs padded to a multiple of 16. CPU only so far.
  *
  * y [rows][out_features] of out_dtype = x [rows][in_features] W^T + bias, x and bias (or null) of dtype, made for a few
  * rows. Each group of activations is rounded to 1/16256 of its largest; sums are exact and no row depends on another. */

@@ -23,12 +23,10 @@ struct Avx2Lanes {
     for (int i = 0; i < 2; i++) _mm256_storeu_ps(y + 8 * i, x.at[i]);
   }
   static Float all(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
-  static Float bfloat(const uint8_t *x) {
+  static Float half(const uint8_t *x) {
     Float out;
-    for (int i = 0; i < 2; i++) {
-      const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i *>(x) + i);
-      out.at[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
-    }
+    for (int i = 0; i < 2; i++)
+      out.at[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(x) + i));
     return out;
   }
   static Codes codes(const uint8_t *w) {
@@ -50,12 +48,12 @@ struct Avx2Lanes {
       sum.at[i] = _mm256_add_epi32(sum.at[i], _mm256_madd_epi16(_mm256_maddubs_epi16(codes.at[i], all), ones));
     return sum;
   }
-  static Float total(const Int &high, const Int &high2, const Int &low, const Int &low2, int32_t less) {
+  static Float total(const Int &high, const Int &high2, const Int &low, const Int &low2) {
     Float out;
     for (int i = 0; i < 2; i++) {
       const __m256i h = _mm256_slli_epi32(_mm256_add_epi32(high.at[i], high2.at[i]), 7);
       const __m256i l = _mm256_add_epi32(low.at[i], low2.at[i]);
-      out.at[i] = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_add_epi32(h, l), _mm256_set1_epi32(less)));
+      out.at[i] = _mm256_cvtepi32_ps(_mm256_add_epi32(h, l));
     }
     return out;
   }

@@ -17,9 +17,8 @@ struct Avx512Lanes {
   static Float load(const float *x) { return _mm512_loadu_ps(x); }
   static void store(float *y, Float x) { _mm512_storeu_ps(y, x); }
   static Float all(float x) { return _mm512_set1_ps(x); }
-  static Float bfloat(const uint8_t *x) {
-    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  static Float half(const uint8_t *x) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)));
   }
   static Codes codes(const uint8_t *w) {
     const __m512i low = _mm512_set1_epi8(15), both = _mm512_loadu_si512(w);
@@ -30,9 +29,9 @@ struct Avx512Lanes {
     std::memcpy(&four, x, sizeof four);
     return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
   }
-  static Float total(Int high, Int high2, Int low, Int low2, int32_t less) {
+  static Float total(Int high, Int high2, Int low, Int low2) {
     const __m512i h = _mm512_slli_epi32(_mm512_add_epi32(high, high2), 7), l = _mm512_add_epi32(low, low2);
-    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_add_epi32(h, l), _mm512_set1_epi32(less)));
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(h, l));
   }
   static Float times(Float x, float y) { return _mm512_mul_ps(x, _mm512_set1_ps(y)); }
   static Float add_product(Float sum, Float x, Float y) { return _mm512_add_ps(sum, _mm512_mul_ps(x, y)); }

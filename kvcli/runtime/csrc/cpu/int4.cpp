@@ -44,7 +44,7 @@ void expand_tiles(const uint8_t *weights, int in_features, int group, int64_t fi
       std::memcpy(both, w, sizeof both);
       w += sizeof both;
       float scale[kTile], zero[kTile];
-      for (int o = 0; o < kTile; o++) scale[o] = bfloat_to_float(both[o]), zero[o] = bfloat_to_float(both[kTile + o]);
+      for (int o = 0; o < kTile; o++) scale[o] = half_to_float(both[o]), zero[o] = half_to_float(both[kTile + o]);
       for (int j = 0; j < group; j += 8, w += 64) {
         uint32_t codes[kTile];
         std::memcpy(codes, w, sizeof codes);
@@ -52,7 +52,7 @@ void expand_tiles(const uint8_t *weights, int in_features, int group, int64_t fi
           const int at = 8 * (i % 4) + 4 * (i / 4);
           uint16_t *y = out + (g + j + i) * stride + tile * kTile;
           for (int o = 0; o < kTile; o++) {
-            const float code = static_cast<float>(static_cast<int32_t>(codes[o] >> at & 15) - 8);
+            const float code = static_cast<float>(static_cast<int32_t>(codes[o] >> at & 15));
             y[o] = float_to_bfloat(code * scale[o] + zero[o]);
           }
         }

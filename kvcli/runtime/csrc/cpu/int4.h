@@ -2,7 +2,7 @@
 //
 // Outputs are taken by 16, a tile; a tile is one stream of bytes, a stretch for each group of inputs:
 //
-//   | scales 16 x bf16 | zeros 16 x bf16 | codes: group / 8 vectors of 64 bytes |
+//   | scales 16 x f16 | zeros 16 x f16 | codes: group / 8 vectors of 64 bytes |
 //
 // Byte 4 o + b of vector j holds the codes of output o: for input 8 j + b in its low half, for 8 j + 4 + b in its high
 // half. So a vector is two operands of a dot product of four bytes, of 16 outputs each, with nothing to shuffle.
@@ -49,7 +49,7 @@ static inline void int4_tile(const Int4Job &job, int64_t tile, int64_t first_row
   for (int r = 0; r < Rows; r++) y[r] = Lanes::load(row);
   const uint8_t *w = job.weights + tile * int4_tile_bytes(width, job.group);
   for (int g = 0; g < groups; g++) {
-    const Float scale = Lanes::bfloat(w), zero = Lanes::bfloat(w + 2 * kTile);
+    const Float scale = Lanes::half(w), zero = Lanes::half(w + 2 * kTile);
     w += 4 * kTile;
     Int high[Rows][2], low[Rows][2];  // two chains each: a dot product takes several cycles
     for (int r = 0; r < Rows; r++)
@@ -66,7 +66,7 @@ static inline void int4_tile(const Int4Job &job, int64_t tile, int64_t first_row
     }
     for (int r = 0; r < Rows; r++) {
       const int64_t at = (first_row + r) * groups + g;
-      const Float total = Lanes::total(high[r][0], high[r][1], low[r][0], low[r][1], 8 * job.sum[at]);
+      const Float total = Lanes::total(high[r][0], high[r][1], low[r][0], low[r][1]);
       const float step = job.scale[at];
       y[r] = Lanes::add_product(y[r], total, Lanes::times(scale, step));
       y[r] = Lanes::add_product(y[r], zero, Lanes::all(step * static_cast<float>(job.sum[at])));
@@ -114,11 +114,11 @@ struct PortableLanes {
     for (int i = 0; i < kTile; i++) out.at[i] = x;
     return out;
   }
-  static Float bfloat(const uint8_t *x) {
+  static Float half(const uint8_t *x) {
     uint16_t h[kTile];
     std::memcpy(h, x, sizeof h);
     Float out;
-    for (int i = 0; i < kTile; i++) out.at[i] = bfloat_to_float(h[i]);
+    for (int i = 0; i < kTile; i++) out.at[i] = half_to_float(h[i]);
     return out;
   }
   static Codes codes(const uint8_t *w) {
@@ -131,10 +131,10 @@ struct PortableLanes {
       for (int b = 0; b < 4; b++) sum.at[i] += codes[4 * i + b] * x[b];
     return sum;
   }
-  static Float total(const Int &high, const Int &high2, const Int &low, const Int &low2, int32_t less) {
+  static Float total(const Int &high, const Int &high2, const Int &low, const Int &low2) {
     Float out;
     for (int i = 0; i < kTile; i++)
-      out.at[i] = static_cast<float>((high.at[i] + high2.at[i]) * kHigh + (low.at[i] + low2.at[i]) - less);
+      out.at[i] = static_cast<float>((high.at[i] + high2.at[i]) * kHigh + (low.at[i] + low2.at[i]));
     return out;
   }
   static Float times(Float x, float y) {
