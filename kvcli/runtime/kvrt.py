@@ -32,7 +32,7 @@ class Format(ctypes.Structure):
 
     _fields_ = (
         ("bits", c_int32), ("axis", c_int32), ("group", c_int32), ("symmetric", c_int32), ("scale_dtype", c_int32),
-        ("table", c_int32), ("hadamard", c_int32), ("reserved", c_int32), ("levels", c_float * 16),
+        ("table", c_int32), ("hadamard", c_int32), ("level_steps", c_int32), ("levels", c_float * 16),
     )  # fmt: skip
 
 
@@ -246,9 +246,10 @@ def library(kind: str) -> Library:
 def format_struct(fmt: KVFormat, transform: str) -> Format:
     """Lay a format out for the kernels; ``transform`` is the layer's."""
     levels = grids.levels(fmt.grid, fmt.bits).tolist() if fmt.grid != "uniform" else []
+    steps = grids.steps(fmt.grid, fmt.bits) if levels else 0
     return Format(
         fmt.bits, int(fmt.axis == "channel"), fmt.group, int(fmt.symmetric), int(fmt.scale_dtype == "e5m3"),
-        int(bool(levels)), int(transform == "hadamard" and fmt.axis == "token" and not fmt.is_exact), 0,
+        int(bool(levels)), int(transform == "hadamard" and fmt.axis == "token" and not fmt.is_exact), steps,
         (c_float * 16)(*levels),
     )  # fmt: skip
 

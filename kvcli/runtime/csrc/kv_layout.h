@@ -51,7 +51,7 @@ typedef struct kv_format {
   int32_t scale_dtype; /* kv_scale_dtype */
   int32_t table;       /* levels[] counts instead of the uniform grid */
   int32_t hadamard;    /* each head's vector is rotated first; never with the channel axis or exact values */
-  int32_t reserved;
+  int32_t level_steps; /* levels[] are whole multiples of 1 / level_steps, at most 127 of them; 0: any (slow on AVX-512) */
   float levels[KV_MAX_LEVELS]; /* 2^bits levels in rising order */
 } kv_format;
 

@@ -33,29 +33,35 @@ int check(const Call &c, int64_t *most, int64_t *pages, double *work) {
           return KVRT_INVALID;
       const bool turns = c.means || c.decoded || (c.args.key_sum && !coded_before_rope(l));
       if (turns && !rope_reaches(view, span.packed_begin, span.packed_end)) return KVRT_INVALID;
-      if (c.means && l.rope_positions < 8) return KVRT_INVALID;
+      if (c.means && l.rope_positions < 2) return KVRT_INVALID;
     }
   return KVRT_OK;
 }
 
-// What PageOps::add_mean_scores takes, from the table's first rows and half angles; then cos and sin of 7.5 theta.
+// Cosines and sines of (m + 1/2) theta for m < kSteps, [half][cos, sin][kSteps], from the table's row of position 1; then
+// [half] cosines and [half] sines of half a run.
 void fill_steps(const kv_layer &l, float *steps) {
   const int half = l.head_dim / 2;
-  const float scaling = l.rope[0];  // cos 0: the table's rows are stretched by it, and a page's first row is already
-  float *middle = steps + 16 * half;
+  float *middle = steps + 2 * kSteps * half;
   for (int i = 0; i < half; i++) {
-    const float *first = l.rope + l.head_dim;  // the row of position 1
-    const double c = first[i] / scaling, s = first[i + half] / scaling;
+    const float *first = l.rope + l.head_dim;
+    const double size = std::hypot(first[i], first[i + half]);  // the table's rows may be stretched
+    double c = first[i] / size, s = first[i + half] / size;
+    float *x = steps + 2 * kSteps * i, *y = x + kSteps;
     // of theta / 2, which lies in the right half plane for every theta below pi
     const double half_cos = std::sqrt(0.5 * (1 + c)), half_sin = half_cos > 0 ? 0.5 * s / half_cos : 1;
-    for (int m = 0; m < 8; m++) {
-      const float *row = l.rope + static_cast<int64_t>(m) * l.head_dim;
-      const double x = row[i] / scaling, y = row[i + half] / scaling;
-      steps[16 * i + 2 * m] = static_cast<float>(x * half_cos - y * half_sin);
-      steps[16 * i + 2 * m + 1] = static_cast<float>(y * half_cos + x * half_sin);
+    x[0] = static_cast<float>(half_cos), y[0] = static_cast<float>(half_sin);
+    for (int m = 1; m < kSteps; m *= 2) {  // what there is, turned by m theta
+      const float turn_c = static_cast<float>(c), turn_s = static_cast<float>(s);
+      for (int k = 0; k < m; k++) {
+        x[m + k] = x[k] * turn_c - y[k] * turn_s;
+        y[m + k] = y[k] * turn_c + x[k] * turn_s;
+      }
+      const double twice = 2 * c * s;
+      c = c * c - s * s, s = twice;
     }
-    middle[i] = steps[16 * i + 14];
-    middle[i + half] = steps[16 * i + 15];
+    middle[i] = x[kSteps - 1];
+    middle[i + half] = y[kSteps - 1];
   }
 }
 
@@ -104,9 +110,10 @@ int attend(const kv_layer *layer, const kvrt_attend_args *args, const kvrt_exec 
     c.mass = own_mass->data();
   }
   if (c.means) {
-    steps.reset(new Scratch(18 * c.half, 1));
+    steps.reset(new Scratch((2 * kSteps + 2) * c.half, 1));
     if (!steps->data()) return KVRT_NO_MEMORY;
     fill_steps(l, steps->data());
+    c.ops.pack_mean_steps(steps->data(), c.half);
     c.steps = steps->data();
   }
   const int threads = threads_for(exec, jobs, work);

@@ -9,13 +9,16 @@ namespace kvrt {
 static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 int64_t Call::work_floats() const {
-  return static_cast<int64_t>(layer.num_kv_heads) * 2 * group * (d + half) + group * kChunk + layer.block_size * d +
+  return layer.num_kv_heads * (prepared_bytes(group) / 4 + 2 * group * (d + half)) + group * kChunk + layer.block_size * d +
          static_cast<int64_t>(args.key_sum ? layer.num_heads : group) * d;
 }
 
 Work Call::work_at(float *x) const {
   Work w;
   w.per_head = 2 * group * (d + half);
+  w.per_prepared = prepared_bytes(group);
+  w.prepared = reinterpret_cast<uint8_t *>(x);
+  x += layer.num_kv_heads * w.per_prepared / 4;
   w.query = x;
   w.turned = w.query + group * d;
   w.a = w.turned + group * d;
@@ -89,11 +92,9 @@ void Call::score_run(const View &view, int64_t page, const uint8_t *const *slice
     }
     return;
   }
-  ops.score_pages(layer, at, slices, w.turned, group, first, last, w.scores, kChunk);
+  ops.score_pages(layer, at, slices, w.turned, w.prepared, group, first, last, w.scores, kChunk);
   if (!means) return;
-  const float *rows[kChunk / 16];
-  for (int t = first / 16; t * 16 < last; t++) rows[t] = rope_row(view, page * block + t * 16);
-  ops.add_mean_scores(w.a, w.b, rows, steps, half, group, first, last, w.scores, kChunk);
+  ops.add_mean_scores(w.a, w.b, rope_row(view, page * block), steps, half, group, first, last, w.scores, kChunk);
 }
 
 // the same for one page whose keys are exact, or have to be decoded first
@@ -206,14 +207,15 @@ void Call::prepare(const View &view, const Work &w) const {
   load_query(view, w);
   std::memcpy(w.turned, w.query, sizeof(float) * static_cast<size_t>(group * d));
   if (rotated(layer.k)) ops.hadamard(w.turned, group, d);
+  ops.prepare_query(layer, w.turned, group, w.prepared);
   if (!means) return;
-  const float *mean = k_mean(layer, view.head), *cos = steps + 16 * half, *sin = cos + half;
+  const float *mean = k_mean(layer, view.head), *cos = steps + 2 * kSteps * half, *sin = cos + half;
   for (int g = 0; g < group; g++)
     for (int i = 0; i < half; i++) {
       const float *q = w.query + g * d;
       const float a = q[i] * mean[i] + q[i + half] * mean[i + half];
       const float b = q[i + half] * mean[i] - q[i] * mean[i + half];
-      w.a[g * half + i] = a * cos[i] + b * sin[i];  // at position 7.5
+      w.a[g * half + i] = a * cos[i] + b * sin[i];  // in the middle of a run
       w.b[g * half + i] = b * cos[i] - a * sin[i];
     }
 }

@@ -14,6 +14,7 @@
 namespace kvrt {
 
 constexpr int kChunk = kRunTokens;  // tokens of one softmax step
+constexpr int kSteps = kRunTokens / 2;
 
 // Slots that the query of one head sees.
 struct Span {
@@ -21,13 +22,15 @@ struct Span {
   bool masked;  // a sliding window counted in positions, which slots do not tell
 };
 
-// Parts of a thread's scratch; the first four are those of one kv head.
+// Parts of a thread's scratch; the first four and prepared are those of one kv head.
 struct Work {
   float *query, *turned, *a, *b, *scores, *keys, *sums;
-  int64_t per_head;  // floats from one kv head's query to the next's, and so on
+  uint8_t *prepared;               // PageOps::prepare_query
+  int64_t per_head, per_prepared;  // from one kv head's query to the next's, and so on
   Work of(int head) const {
     Work w = *this;
     w.query += head * per_head, w.turned += head * per_head, w.a += head * per_head, w.b += head * per_head;
+    w.prepared += head * per_prepared;
     return w;
   }
 };
@@ -40,7 +43,7 @@ struct Call {
   int group, d, half;
   bool decoded;           // keys are decoded to after RoPE first, because neither codes nor steps give their scores
   bool means;             // the keys' mean is added to the scores of codes: PageOps::add_mean_scores
-  const float *steps;     // its steps, then [half] cosines and [half] sines of 7.5 theta
+  const float *steps;     // its steps, then [half] cosines and [half] sines of half a run
   float *mass;  // scores, then weights: the caller's, or scratch where only the keys' sums need it
   int64_t mass_stride;
   float *states;

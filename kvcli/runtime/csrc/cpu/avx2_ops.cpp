@@ -301,7 +301,8 @@ void hadamard(float *x, int64_t rows, int head_dim) {
   }
 }
 
-const PageOps kOps = {"avx2", score_each<score_page>, accumulate_each<accumulate_page>, add_mean_plain, score_rows, accumulate_rows,
+const PageOps kOps = {"avx2", keep_query, score_each<score_page>, accumulate_each<accumulate_page>,
+                      add_mean_plain, keep_mean_steps, score_rows, accumulate_rows,
                       exp_sum, max_of,     dequantize,      hadamard, int4_tiles<Avx2Lanes>};
 
 }  // namespace

@@ -1,9 +1,8 @@
-// What the AVX-512 loops over keys and over values share: where codes lie, scales, and levels as integers.
+// What the AVX-512 loops over keys and over values share: where codes lie, scales, and levels as bytes.
 //
-// Both quantise their float operand (the query, the weights) to 16 bits with a scale of its own and multiply it by the
-// codes' levels in integers, exactly. Below 8 bits levels are 16-bit words out of a register: 2 * code - top for uniform
-// symmetric grids, the code itself where there are zero points, and a table's levels rounded to at most kTableTop steps. Eight
-// bits are bytes already: two vpdpbusd take the operand's upper and lower byte.
+// Both quantise their float operand (the query, the weights) to integers with a scale of its own and multiply it by the
+// codes' levels, unsigned bytes, exactly: the code itself on uniform grids, and 128 more than a table's whole number of
+// steps. The operand has 16 bits: one vpdpbusd takes its upper byte and one its lower.
 #pragma once
 
 #include "avx512_unpack.h"
@@ -13,21 +12,37 @@
 namespace kvrt {
 namespace {
 
-constexpr int kTile = 16;         // tokens taken at once
-constexpr int kHeads = 4;         // query heads taken at once
-constexpr float kTableTop = 8191;  // of a table's largest level, for up to 64 products a sum
+constexpr int kTile = 16;  // tokens taken at once
 constexpr float kOperandTop = 32000, kSumTop = 2.1e9f;  // of the operand, and of any sum of products
 
+constexpr int kTiles = kRunTokens / kTile;
+
+// Keys or values of a run of pages: where the codes of its tiles lie. Found once, for divisions take long.
 struct Section {
   const kv_format *format;
-  const uint8_t *const *slices;
-  int64_t codes, scales, zeros, end;  // where they begin in a slice
   int head_dim, block_size;
-  int64_t row_bytes;
-  const uint8_t *slice(int tile) const { return slices[tile / block_size]; }
-  const uint8_t *rows(int tile) const { return slice(tile) + codes + tile % block_size * row_bytes; }
-  void fetch(int tile) const {
-    if (tile % block_size == 0) fetch_ahead(slices, tile / block_size, block_size, codes, end);
+  int64_t scales, zeros;  // where they begin in a slice
+  int64_t row_bytes, next_bytes;
+  struct {
+    const uint8_t *slice, *rows, *next;  // next: what to fetch while this one is worked on, or null
+    int token;                           // in its page
+  } tiles[kTiles];
+
+  Section(const kv_layer &l, const kv_format &f, const uint8_t *const *slices, int64_t codes, int64_t scales_,
+          int64_t zeros_, int64_t end, int first, int last)
+      : format(&f), head_dim(l.head_dim), block_size(l.block_size), scales(scales_), zeros(zeros_),
+        row_bytes(kv_row_bytes(&f, l.head_dim)), next_bytes(end - codes) {
+    const int run = kRunTokens / block_size;
+    int page = first / block_size, token = first / kTile * kTile - page * block_size;
+    for (int i = first / kTile; i * kTile < last; ++i) {
+      const uint8_t *slice = slices[page], *next = token ? nullptr : slices[page + run];
+      tiles[i] = {slice, slice + codes + token * row_bytes, next ? next + codes : nullptr, token};
+      token += kTile;
+      if (token == block_size) token = 0, ++page;
+    }
+  }
+  void fetch(int i) const {
+    for (int64_t b = 0; tiles[i].next && b < next_bytes; b += 64) __builtin_prefetch(tiles[i].next + b);
   }
 };
 
@@ -60,55 +75,53 @@ inline float load_channels(const uint8_t *scales, int scale_dtype, int64_t run, 
 }
 
 struct Levels {
-  __m512i words;  // 32, the table repeated: a looked up code may have its neighbour's bits above it
+  __m512i bytes;  // 64, the table repeated: a looked up code may have its neighbour's bits above it
   float unit;     // what one integer step is worth
   float top;      // the largest integer
+  float offset;   // what a byte is more than the level, negative
 };
 
-// products: of one sum. The finer a table's levels, the fewer bits are left to the operand.
 template <int Bits>
-Levels levels_of(const kv_format &f, int products) {
-  Levels out = {_mm512_setzero_si512(), 1, 255};
+Levels levels_of(const kv_format &f) {
+  constexpr int top = (1 << Bits) - 1;
+  Levels out = {_mm512_setzero_si512(), 1, top, f.symmetric ? -0.5f * top : 0};
   if constexpr (Bits < 8) {
-    constexpr int count = 1 << Bits;
-    const __m512i code = _mm512_and_si512(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(count - 1));
-    __m512i n = code;
-    out.top = count - 1;
+    __m512i n = _mm512_and_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                 _mm512_set1_epi32(top));
     if (f.table) {
-      const float finest = products > 64 ? kTableTop * 64 / products : kTableTop;
-      const float top = f.levels[count - 1] > -f.levels[0] ? f.levels[count - 1] : -f.levels[0];  // they rise
-      const __m512 level = _mm512_permutexvar_ps(code, _mm512_loadu_ps(f.levels));
-      n = _mm512_cvtps_epi32(_mm512_mul_ps(level, _mm512_set1_ps(top > 0 ? finest / top : 0)));
-      out.unit = top / finest, out.top = finest;
-    } else if (f.symmetric) {
-      n = _mm512_sub_epi32(_mm512_slli_epi32(code, 1), _mm512_set1_epi32(count - 1));
-      out.unit = 0.5f;
+      const __m512 level = _mm512_permutexvar_ps(n, _mm512_loadu_ps(f.levels));
+      n = _mm512_cvtps_epi32(_mm512_fmadd_ps(level, _mm512_set1_ps(float(f.level_steps)), _mm512_set1_ps(128)));
+      out.unit = 1.0f / float(f.level_steps), out.top = 255, out.offset = -128;
     }
-    const __m256i words = _mm512_cvtepi32_epi16(n);
-    out.words = _mm512_inserti64x4(_mm512_castsi256_si512(words), words, 1);
+    out.bytes = _mm512_broadcast_i32x4(_mm512_cvtepi32_epi8(n));
   }
   return out;
 }
 
-// The factor that takes values of at most `most` and of sum `sum` to integers whose products stay in range.
-inline float operand_factor(float most, float sum, float level_top) {
-  const float widest = kOperandTop / (most > 1e-30f ? most : 1e-30f);
-  const float safest = kSumTop / level_top / (sum > 1e-30f ? sum : 1e-30f);
-  return widest < safest ? widest : safest;
-}
+// The factor that takes values of at most `most` to integers of at most 32000: 16 bits hold that with 128 to spare for
+// rounding to upper bytes, and 256 products of that and a byte stay below 2^31.
+inline float operand_factor(float most) { return 32000 / (most > 1e-30f ? most : 1e-30f); }
 
-// 16 integers as words, or as their upper bytes and then their (signed) lower bytes.
-template <int Bits>
-inline void store_operand(__m512i x, int8_t *out) {
-  if constexpr (Bits < 8) {
-    _mm256_store_si256((__m256i *)out, _mm512_cvtepi32_epi16(x));
-  } else {
-    const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8);
-    _mm_store_si128((__m128i *)out, _mm512_cvtepi32_epi8(upper));
-    _mm_store_si128((__m128i *)(out + 16), _mm512_cvtepi32_epi8(x));
+// Integers of at most 32000, 16 a vector, as their upper bytes and the signed lower bytes that go with them.
+struct TwoTerms {
+  __m512i words[2];
+  TwoTerms(const __m512i (&n)[4]) : words{_mm512_packs_epi32(n[0], n[1]), _mm512_packs_epi32(n[2], n[3])} {}
+  // order: of the upper bytes of words
+  __m512i upper(__m512i order) const {
+    const __m512i half = _mm512_set1_epi16(128);
+    return _mm512_permutex2var_epi8(_mm512_add_epi16(words[0], half), order, _mm512_add_epi16(words[1], half));
   }
-}
+  __m512i lower(__m512i order) const {
+    return _mm512_permutex2var_epi8(words[0], _mm512_xor_si512(order, _mm512_set1_epi8(1)), words[1]);
+  }
+  __m512i add_to(__m512i sum) const {
+    const __m512i one = _mm512_set1_epi16(1);
+    return _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(sum, words[0], one), words[1], one);
+  }
+};
+
+// Where vpackssdw leaves the upper byte of integer c of 64 in TwoTerms' words.
+constexpr uint8_t upper_byte(int c) { return uint8_t(c / 32 * 64 + c % 16 / 4 * 16 + c / 16 % 2 * 8 + c % 4 * 2 + 1); }
 
 }  // namespace
 }  // namespace kvrt

@@ -19,22 +19,26 @@ namespace {
 
 // ---- any format, one row at a time
 
-constexpr Spread<1> row_spread(int bits) {
-  Spread<1> s{};
+struct RowSpread {
+  Bytes64 index, shift;
+};
+
+constexpr RowSpread row_spread(int bits) {
+  RowSpread s{};
   for (int i = 0; i < 64; ++i) {
-    s.index[0].at[i] = uint8_t(i / 8 * bits + (i % 8 < bits ? i % 8 : 0));
+    s.index.at[i] = uint8_t(i / 8 * bits + (i % 8 < bits ? i % 8 : 0));
     s.shift.at[i] = uint8_t(i % 8 * bits);
   }
   return s;
 }
-constexpr Spread<1> kRow[5] = {row_spread(0), row_spread(1), row_spread(2), row_spread(3), row_spread(4)};
+constexpr RowSpread kRow[5] = {row_spread(0), row_spread(1), row_spread(2), row_spread(3), row_spread(4)};
 
 // Up to 64 codes as bytes.
 inline __m512i unpack_row(const uint8_t *from, int count, int bits) {
   const int bytes = count * bits / 8;
   const __m512i packed = _mm512_maskz_loadu_epi8(bytes >= 64 ? ~0ull : (1ull << bytes) - 1, from);
   if (bits == 8) return packed;
-  const __m512i spread = _mm512_permutexvar_epi8(kRow[bits].index[0], packed);
+  const __m512i spread = _mm512_permutexvar_epi8(kRow[bits].index, packed);
   return _mm512_and_si512(_mm512_multishift_epi64_epi8(kRow[bits].shift, spread), _mm512_set1_epi8((1 << bits) - 1));
 }
 
@@ -82,16 +86,20 @@ void dequantize(const kv_format &f, const uint8_t *codes, const uint8_t *scales,
 
 // ---- pages
 
-using ScoreHeads = void (*)(const Section &, const float *, int, int, float *, int);
+using PrepareHeads = void (*)(const kv_format &, const float *, int, uint8_t *);
+using ScoreHeads = void (*)(const Section &, const float *, const uint8_t *, int, int, float *, int);
 using AccumulateHeads = void (*)(const Section &, const float *, int, int, int, float *);
 struct Heads {
+  PrepareHeads prepare[kHeads];
   ScoreHeads score[kHeads];
   AccumulateHeads accumulate[kHeads];
 };
 
 template <int Bits, bool Dense>
 constexpr Heads heads() {
-  return {{score_heads<Bits, Dense, 1>, score_heads<Bits, Dense, 2>, score_heads<Bits, Dense, 3>,
+  return {{prepare_heads<Bits, Dense, 1>, prepare_heads<Bits, Dense, 2>, prepare_heads<Bits, Dense, 3>,
+           prepare_heads<Bits, Dense, 4>},
+          {score_heads<Bits, Dense, 1>, score_heads<Bits, Dense, 2>, score_heads<Bits, Dense, 3>,
            score_heads<Bits, Dense, 4>},
           {accumulate_heads<Bits, Dense, 1>, accumulate_heads<Bits, Dense, 2>, accumulate_heads<Bits, Dense, 3>,
            accumulate_heads<Bits, Dense, 4>}};
@@ -101,9 +109,9 @@ constexpr Heads kHeadLoops[3][2] = {
     {heads<2, false>(), heads<2, true>()}, {heads<3, false>(), heads<3, true>()}, {heads<4, false>(), heads<4, true>()}};
 constexpr Heads kHeadLoops8 = heads<8, false>();
 
-// Null where a tile of 16 tokens or a step of 16 channels would straddle groups.
+// Null where a tile of 16 tokens or a step of 16 channels would straddle groups, and for tables whose levels are no bytes.
 const Heads *loops_for(const kv_format &f, int head_dim) {
-  if (kv_is_exact(&f) || head_dim % 16 || f.group % 16) return nullptr;
+  if (kv_is_exact(&f) || head_dim % 16 || f.group % 16 || (f.table && !f.level_steps)) return nullptr;
   if (f.bits == 8) return &kHeadLoops8;
   return &kHeadLoops[f.bits - 2][head_dim == 64 && (f.axis == KV_CHANNEL || f.group == 64)];
 }
@@ -134,29 +142,37 @@ void accumulate_page(const kv_layer &l, const kv_page_layout &at, const uint8_t 
   }
 }
 
-void score_pages(const kv_layer &l, const kv_page_layout &at, const uint8_t *const *slices, const float *query,
-                 int group, int first, int last, float *scores, int stride) {
+int at_once(int heads) { return heads < kHeads ? heads : kHeads; }
+
+void prepare_query(const kv_layer &l, const float *query, int group, uint8_t *prepared) {
   const Heads *loops = loops_for(l.k, l.head_dim);
-  if (!loops) return score_each<score_page>(l, at, slices, query, group, first, last, scores, stride);
-  const Section s = {&l.k,        slices,       at.k_codes,  at.k_scales, at.k_zeros,
-                     at.v_codes, l.head_dim,  l.block_size, kv_row_bytes(&l.k, l.head_dim)};
+  for (int g = 0; loops && g < group; g += kHeads)
+    loops->prepare[at_once(group - g) - 1](l.k, query + (int64_t)g * l.head_dim, l.head_dim,
+                                           prepared + g / kHeads * kPrepared);
+}
+
+void score_pages(const kv_layer &l, const kv_page_layout &at, const uint8_t *const *slices, const float *query,
+                 const uint8_t *prepared, int group, int first, int last, float *scores, int stride) {
+  const Heads *loops = loops_for(l.k, l.head_dim);
+  if (!loops) return score_each<score_page>(l, at, slices, query, prepared, group, first, last, scores, stride);
+  const Section s(l, l.k, slices, at.k_codes, at.k_scales, at.k_zeros, at.v_codes, first, last);
   for (int g = 0; g < group && first < last; g += kHeads)
-    loops->score[(group - g < kHeads ? group - g : kHeads) - 1](s, query + (int64_t)g * l.head_dim, first, last,
-                                                                scores + (int64_t)g * stride, stride);
+    loops->score[at_once(group - g) - 1](s, query + (int64_t)g * l.head_dim, prepared + g / kHeads * kPrepared, first,
+                                         last, scores + (int64_t)g * stride, stride);
 }
 
 void accumulate_pages(const kv_layer &l, const kv_page_layout &at, const uint8_t *const *slices, const float *weights,
                       int stride, int group, int first, int last, float *sums) {
   const Heads *loops = loops_for(l.v, l.head_dim);
   if (!loops) return accumulate_each<accumulate_page>(l, at, slices, weights, stride, group, first, last, sums);
-  const Section s = {&l.v,        slices,       at.v_codes,  at.v_scales, at.v_zeros,
-                     at.head_bytes, l.head_dim,  l.block_size, kv_row_bytes(&l.v, l.head_dim)};
+  const Section s(l, l.v, slices, at.v_codes, at.v_scales, at.v_zeros, at.head_bytes, first, last);
   for (int g = 0; g < group && first < last; g += kHeads)
-    loops->accumulate[(group - g < kHeads ? group - g : kHeads) - 1](s, weights + (int64_t)g * stride, stride, first,
+    loops->accumulate[at_once(group - g) - 1](s, weights + (int64_t)g * stride, stride, first,
                                                                      last, sums + (int64_t)g * l.head_dim);
 }
 
-const PageOps kOps = {"avx512",  score_pages, accumulate_pages, add_mean_scores, score_rows, accumulate_rows,
+const PageOps kOps = {"avx512",  prepare_query, score_pages, accumulate_pages,
+                      add_mean_scores, pack_mean_steps, score_rows, accumulate_rows,
                       exp_sum,   max_of,      dequantize,       hadamard, int4_tiles<Avx512Lanes>};
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "kv_layout.h"
+#include "page_ops.h"
 
 namespace kvrt {
 namespace {
@@ -109,61 +110,116 @@ void accumulate_rows(const void *rows, int dtype, int64_t row_stride, int count,
                                                                 sums + (int64_t)g * head_dim);
 }
 
-// Sixteen tokens, G heads: even lanes sum cosines, odd lanes sines, so that one product serves both.
+// Cosines and sines as words, for vpdpwssd: [half / 2][cos, sin][kRunTokens / 2], two pairs an entry.
+constexpr float kStepTop = 8191;  // the finer, the fewer bits are left to A and B
+constexpr int kSteps = kRunTokens / 2, kStepVectors = kSteps / 16;
+
+void pack_mean_steps(float *steps, int half) {
+  for (int i = 0; i < half; i += 2)
+    for (int c = 0; c < 2 * kSteps; c += 16) {
+      const auto words = [&](int k) {
+        const __m512 x = i + k < half ? _mm512_loadu_ps(steps + 2 * kSteps * (i + k) + c) : _mm512_setzero_ps();
+        return _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(kStepTop)));
+      };
+      const __m512i both = _mm512_mask_blend_epi16(0xAAAAAAAA, words(0), _mm512_slli_epi32(words(1), 16));
+      _mm512_storeu_si512(steps + kSteps * i + c, both);  // what lies there has been read
+    }
+}
+
+// A and B of G heads as words, two pairs an entry, and what one step of their products is worth.
 template <int G>
-void add_mean_tile(const float *a, const float *b, const float *row, const float *steps, int half, __mmask16 mask,
-                   float *scores, int stride) {
-  alignas(64) float turned[G][KV_MAX_HEAD_DIM];  // pairs (A_i, B_i)
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  for (int i = 0; i < half; i += 16) {
-    const __mmask16 some = columns(half - i);
-    const __m512 cos = _mm512_maskz_loadu_ps(some, row + i), sin = _mm512_maskz_loadu_ps(some, row + half + i);
-    for (int g = 0; g < G; ++g) {
-      const __m512 x = _mm512_maskz_loadu_ps(some, a + g * half + i), y = _mm512_maskz_loadu_ps(some, b + g * half + i);
-      const __m512 p = _mm512_fmadd_ps(x, cos, _mm512_mul_ps(y, sin)), q = _mm512_fmsub_ps(y, cos, _mm512_mul_ps(x, sin));
-      _mm512_store_ps(turned[g] + 2 * i, _mm512_permutex2var_ps(p, low, q));
-      if (2 * i + 16 < KV_MAX_HEAD_DIM) _mm512_store_ps(turned[g] + 2 * i + 16, _mm512_permutex2var_ps(p, high, q));
-    }
-  }
-  __m512 sum[G], other[G];
-  for (int g = 0; g < G; ++g) sum[g] = other[g] = _mm512_setzero_ps();
-  const auto pair = [&](int g, int i) __attribute__((always_inline)) {
-    double both;
-    __builtin_memcpy(&both, turned[g] + 2 * i, sizeof both);
-    return _mm512_castpd_ps(_mm512_set1_pd(both));
-  };
-  int i = 0;
-  for (; i + 1 < half; i += 2) {
-    const __m512 x = _mm512_loadu_ps(steps + 16 * i), y = _mm512_loadu_ps(steps + 16 * i + 16);
-    for (int g = 0; g < G; ++g) {
-      sum[g] = _mm512_fmadd_ps(pair(g, i), x, sum[g]);
-      other[g] = _mm512_fmadd_ps(pair(g, i + 1), y, other[g]);
-    }
-  }
-  for (; i < half; ++i)
-    for (int g = 0; g < G; ++g) sum[g] = _mm512_fmadd_ps(pair(g, i), _mm512_loadu_ps(steps + 16 * i), sum[g]);
-  // lanes 2 m + 1 become token 7 - m, lanes 2 m token 8 + m
-  const __m512i order = _mm512_setr_epi32(15, 13, 11, 9, 7, 5, 3, 1, 0, 2, 4, 6, 8, 10, 12, 14);
+struct alignas(64) Turned {
+  int32_t a[G][KV_MAX_HEAD_DIM / 4 + 8], b[G][KV_MAX_HEAD_DIM / 4 + 8];
+  float unit[G];
+};
+
+template <int G>
+void turn_mean(const float *a, const float *b, const float *row, int half, Turned<G> *out) {
+  alignas(64) float p[KV_MAX_HEAD_DIM / 2], q[KV_MAX_HEAD_DIM / 2];
   for (int g = 0; g < G; ++g) {
-    const __m512 x = _mm512_add_ps(sum[g], other[g]), y = _mm512_permute_ps(x, 0xB1);
-    const __m512 all = _mm512_permutexvar_ps(order, _mm512_mask_sub_ps(_mm512_add_ps(x, y), 0xAAAA, y, x));
-    float *to = scores + (int64_t)g * stride;
-    _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), all));
+    __m512 top = _mm512_setzero_ps(), sum = top;
+    for (int i = 0; i < half; i += 16) {
+      const __mmask16 some = columns(half - i);
+      const __m512 cos = _mm512_maskz_loadu_ps(some, row + i), sin = _mm512_maskz_loadu_ps(some, row + half + i);
+      const __m512 x = _mm512_maskz_loadu_ps(some, a + g * half + i), y = _mm512_maskz_loadu_ps(some, b + g * half + i);
+      const __m512 u = _mm512_fmadd_ps(x, cos, _mm512_mul_ps(y, sin)), v = _mm512_fmsub_ps(y, cos, _mm512_mul_ps(x, sin));
+      _mm512_store_ps(p + i, u);
+      _mm512_store_ps(q + i, v);
+      top = _mm512_max_ps(top, _mm512_max_ps(_mm512_abs_ps(u), _mm512_abs_ps(v)));
+      sum = _mm512_add_ps(sum, _mm512_add_ps(_mm512_abs_ps(u), _mm512_abs_ps(v)));
+    }
+    const float most = _mm512_reduce_max_ps(top), size = _mm512_reduce_add_ps(sum);  // even and odd sums are added up
+    const float factor = fminf(32000 / fmaxf(most, 1e-30f), 2.1e9f / kStepTop / fmaxf(size, 1e-30f));
+    out->unit[g] = 1 / (factor * kStepTop);
+    for (int i = 0; i < half; i += 16) {
+      const auto words = [&](const float *x, int32_t *to) {
+        const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x + i), _mm512_set1_ps(factor)));
+        _mm256_storeu_si256((__m256i *)(to + i / 2), _mm512_cvtepi32_epi16(n));
+      };
+      words(p, out->a[g]);
+      words(q, out->b[g]);
+    }
   }
 }
 
-void add_mean_scores(const float *a, const float *b, const float *const *rows, const float *steps, int half, int group,
-                     int first, int last, float *scores, int stride) {
-  constexpr decltype(&add_mean_tile<1>) kTiles[4] = {add_mean_tile<1>, add_mean_tile<2>, add_mean_tile<3>,
-                                                     add_mean_tile<4>};
-  for (int begin = first / 16 * 16; begin < last; begin += 16) {
-    __mmask16 mask = columns(last - begin);
-    if (begin < first) mask = __mmask16(mask & (0xFFFF << (first - begin)));
-    for (int g = 0; g < group; g += 4)
-      kTiles[(group - g < 4 ? group - g : 4) - 1](a + (int64_t)g * half, b + (int64_t)g * half, rows[begin / 16], steps,
-                                                  half, mask, scores + (int64_t)g * stride + begin, stride);
+// The mean's scores of tokens 16 i ... 16 i + 15, those of the mask.
+inline void add_sixteen(__m512i sum, float unit, int i, int first, int last, float *scores) {
+  __mmask16 mask = columns(last - 16 * i);
+  if (16 * i < first) mask = __mmask16(mask & (0xFFFFu << (first - 16 * i)));
+  const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(unit));
+  _mm512_mask_storeu_ps(scores + 16 * i, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, scores + 16 * i), x));
+}
+
+template <int G>
+void add_mean_heads(const float *a, const float *b, const float *row, const float *steps, int half, int first, int last,
+                    float *scores, int stride) {
+  Turned<G> t;
+  turn_mean<G>(a, b, row, half, &t);
+  const __m512i back = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  constexpr int kAtOnce = G < 4 ? 2 : 1;
+  const auto seen = [&](int i) { return i >= 0 && 16 * i < last && 16 * i + 16 > first; };
+  for (int v0 = 0; v0 < kStepVectors; v0 += kAtOnce) {
+    bool any = false;
+    for (int v = v0; v < v0 + kAtOnce; ++v) any |= seen(kStepVectors - 1 - v) || seen(kStepVectors + v);
+    if (!any) continue;
+    __m512i even[kAtOnce][G], odd[kAtOnce][G];
+    for (int v = 0; v < kAtOnce; ++v)
+      for (int g = 0; g < G; ++g) even[v][g] = odd[v][g] = _mm512_setzero_si512();
+    for (int k = 0; 2 * k < half; ++k) {
+      const float *at = steps + 2 * kSteps * k + 16 * v0;
+      __m512i c[kAtOnce], s[kAtOnce];
+      for (int v = 0; v < kAtOnce; ++v) {
+        c[v] = _mm512_loadu_si512(at + 16 * v);
+        s[v] = _mm512_loadu_si512(at + kSteps + 16 * v);
+        __asm__("" : "+v"(c[v]), "+v"(s[v]));  // or GCC loads them anew for every head
+      }
+      for (int g = 0; g < G; ++g) {
+        const __m512i x = _mm512_set1_epi32(t.a[g][k]), y = _mm512_set1_epi32(t.b[g][k]);
+        for (int v = 0; v < kAtOnce; ++v) {
+          even[v][g] = _mm512_dpwssd_epi32(even[v][g], c[v], x);
+          odd[v][g] = _mm512_dpwssd_epi32(odd[v][g], s[v], y);
+        }
+      }
+    }
+    for (int v = 0; v < kAtOnce; ++v) {
+      const int before = kStepVectors - 1 - v0 - v, after = kStepVectors + v0 + v;
+      for (int g = 0; g < G; ++g) {
+        float *to = scores + (int64_t)g * stride;
+        const __m512i back_sum = _mm512_permutexvar_epi32(back, _mm512_sub_epi32(even[v][g], odd[v][g]));
+        if (seen(before)) add_sixteen(back_sum, t.unit[g], before, first, last, to);
+        if (seen(after)) add_sixteen(_mm512_add_epi32(even[v][g], odd[v][g]), t.unit[g], after, first, last, to);
+      }
+    }
   }
+}
+
+void add_mean_scores(const float *a, const float *b, const float *row, const float *steps, int half, int group,
+                     int first, int last, float *scores, int stride) {
+  constexpr decltype(&add_mean_heads<1>) kHeads[4] = {add_mean_heads<1>, add_mean_heads<2>, add_mean_heads<3>,
+                                                      add_mean_heads<4>};
+  for (int g = 0; g < group; g += 4)
+    kHeads[(group - g < 4 ? group - g : 4) - 1](a + (int64_t)g * half, b + (int64_t)g * half, row, steps, half, first,
+                                                last, scores + (int64_t)g * stride, stride);
 }
 
 float exp_sum(float *x, int n, float max) {

@@ -12,6 +12,9 @@
 namespace kvrt {
 
 constexpr int kRunTokens = 128;  // at least a page
+constexpr int kHeads = 4;        // query heads taken at once
+constexpr int64_t kPrepared = 13312;  // bytes that a prepared query takes
+static inline int64_t prepared_bytes(int group) { return (group + kHeads - 1) / kHeads * kPrepared; }
 
 // A slice is too short for the processor to see where the next one will be, so it is asked for a run ahead, while this
 // one is worked on. All at once would be more than a core can wait for.
@@ -26,21 +29,24 @@ struct PageOps {
   const char *name;
 
   // scores[g][t] = sum_c query[g][c] * stored_key[t][c], stored keys being what the codes say: rotated if the format is,
-  // without the mean. query [group][head_dim] is rotated alike and carries the softmax scale.
+  // without the mean. query [group][head_dim] is rotated alike and carries the softmax scale; prepared is what
+  // prepare_query made of it, once for all runs: kPrepared bytes for every kHeads heads, aligned to 64.
+  void (*prepare_query)(const kv_layer &layer, const float *query, int group, uint8_t *prepared);
   void (*score_pages)(const kv_layer &layer, const kv_page_layout &at, const uint8_t *const *slices, const float *query,
-                      int group, int first, int last, float *scores, int stride);
+                      const uint8_t *prepared, int group, int first, int last, float *scores, int stride);
 
   // sums[g][c] += sum_t weights[g][t] * stored_value[t][c]
   void (*accumulate_pages)(const kv_layer &layer, const kv_page_layout &at, const uint8_t *const *slices,
                            const float *weights, int stride, int group, int first, int last, float *sums);
 
-  // scores[g][t] += query[g] . RoPE_t(mean). Tokens are taken by 16, and around the middle of 16 cosines are even and
-  // sines odd, so that eight of each give all: with x = t % 16 - 7.5 and m = |x| - 1/2,
-  //   score = sum_i A_i steps[i][2 m] +- B_i steps[i][2 m + 1]      (minus where x is negative)
-  // where steps [half][16] holds cos and sin of (m + 1/2) theta_i, and A and B are a and b, [group][half], what cosine
-  // and sine of pair i weigh at position 7.5, turned by rows[t / 16], the rotary table's row of the first of the 16.
-  void (*add_mean_scores)(const float *a, const float *b, const float *const *rows, const float *steps, int half,
-                          int group, int first, int last, float *scores, int stride);
+  // scores[g][t] += query[g] . RoPE_t(mean) for a run whose first token has the rotary table's row `row`. Around the
+  // middle of a run cosines are even and sines odd: with x = t - (kRunTokens - 1) / 2 and m = |x| - 1/2,
+  //   score = sum_i A_i cos((m + 1/2) theta_i) +- B_i sin((m + 1/2) theta_i)      (minus where x is negative)
+  // where A and B are a and b, [group][half], what cosine and sine of pair i weigh in the middle of a run that begins at
+  // position 0, turned by row. steps: what pack_mean_steps made of [half][cos, sin][kRunTokens / 2].
+  void (*add_mean_scores)(const float *a, const float *b, const float *row, const float *steps, int half, int group,
+                          int first, int last, float *scores, int stride);
+  void (*pack_mean_steps)(float *steps, int half);  // in place
 
   // The same two products over rows of exact values of dtype (kv_dtype), row_stride values apart, columns 0 ... count-1.
   void (*score_rows)(const void *rows, int dtype, int64_t row_stride, int count, int head_dim, const float *query,

@@ -157,7 +157,8 @@ void hadamard(float *x, int64_t rows, int head_dim) {
 }  // namespace
 
 const PageOps &portable_ops() {
-  static constexpr PageOps ops{"portable", score_each<score_page>, accumulate_each<accumulate_page>, add_mean_plain, score_rows, accumulate_rows,
+  static constexpr PageOps ops{"portable", keep_query, score_each<score_page>, accumulate_each<accumulate_page>,
+                               add_mean_plain, keep_mean_steps, score_rows, accumulate_rows,
                                exp_sum,    max_of,     dequantize,      hadamard, int4_tiles<PortableLanes>};
   return ops;
 }
