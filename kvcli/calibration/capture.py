@@ -63,6 +63,19 @@ class OnePassCache(Cache):
         super().__init__(layers=layers)  # type: ignore[arg-type]
 
 
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module computes; under a device map its weights may lie elsewhere until then."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if device is None else torch.device(device)
+
+
+def embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the first layer's input, [batch, tokens, hidden_size], for [batch, tokens] ids on any device."""
+    embedding = model.model.embed_tokens
+    out: Tensor = embedding(ids.to(device_of(embedding)))
+    return out
+
+
 def plain_cache(plan: CachePlan) -> OnePassCache:
     """Return a cache of exact layers."""
     return OnePassCache([PlainLayer(layer.window) for layer in plan.layers])
@@ -98,7 +111,7 @@ def layer_inputs(model: PreTrainedModel, plan: CachePlan, ids: Tensor) -> Iterat
         The layer's index, its input [batch, tokens, hidden_size], and its attention. Only one layer's tensors are
         held at a time; whoever wants more keeps them.
     """
-    hidden = model.model.embed_tokens(ids)
+    hidden = embed(model, ids)
     for i, layer in enumerate(plan.layers):
         seen: list[Attention] = []
         cache = plain_cache(plan)

@@ -1,26 +1,33 @@
-"""Calibration from a loaded model to a written artifact: moments, sensitivity, settings, search, verify."""
+"""Calibration from a loaded model to a written artifact: moments, sensitivity, settings, search, verify.
+
+What takes long is a list of independent evaluations (one layer, one plan). Each is kept beside the output as soon as it
+is finished, so that a calibration that was killed repeats none of them; :func:`calibrate` takes what runs them, here or
+on workers. :mod:`kvcli.calibration.solving` makes further artifacts from what was measured.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kvcli import plugins
-from kvcli.artifact.reader import Artifact
-from kvcli.artifact.writer import ArtifactWriter, check_target
-from kvcli.calibration import sensitivity, surrogate
+from kvcli.artifact.writer import ArtifactWriter
+from kvcli.calibration import refine, sensitivity, surrogate
 from kvcli.calibration.capture import layer_inputs
 from kvcli.calibration.corpora import Corpus
-from kvcli.calibration.sensitivity import Probe, Sensitivity
-from kvcli.calibration.space import SearchSpace, Setting, load_recipe, recipe_names
-from kvcli.calibration.stages import Show, Stages, silent
-from kvcli.calibration.surrogate import Solution
+from kvcli.calibration.measuring import Measuring, check_probe, nll_per_kl
+from kvcli.calibration.refine import Tried
+from kvcli.calibration.sensitivity import Sensitivity
+from kvcli.calibration.space import SearchSpace, load_recipe, recipe_names
+from kvcli.calibration.stages import Run, Show, Stages, in_turn, silent
+from kvcli.calibration.surrogate import Frontiers, Solution
 from kvcli.errors import InputError, UsageError
 from kvcli.models.loading import LoadedModel, copy_source_files, state_dict_for_saving
 from kvcli.plan import CachePlan, LayerPlan
@@ -28,10 +35,10 @@ from kvcli.quant.format import KVFormat
 from kvcli.runtime.packed_cache import ATTENTION
 
 MAX_BITS, MAX_CONTEXT = 64, 10**9  # what an artifact can state
-PROBE_TOKENS = 384  # per window when layers are compared; settings and plans are measured on whole windows
-PROBE_WINDOWS = 2
-VERIFIED = 3  # plans measured end to end before one is chosen
 CURVE = tuple(x / 4 for x in range(8, 33))  # budgets of the predicted Pareto curve: 2 … 8 bits
+
+
+Search = Literal["surrogate", "kvtuner-nsga2", "kvtuner-moead"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ def moments(loaded: LoadedModel, plan: CachePlan, ids: Tensor, step: Callable[[]
                 total = x[0, :, skip:].double().sum(1)
                 sums[name] = sums[name] + total if name in sums else total
         step()
-    return {name: (total / count).float() for name, total in sums.items()}
+    return {name: (total / count).float().cpu() for name, total in sums.items()}
 
 
 @torch.no_grad()
@@ -129,8 +136,12 @@ def calibrate(
     out: Path,
     *,
     recipe: str = "balanced",
+    search: Search = "surrogate",
+    trials: int = 200,
+    seed: int = 0,
     fresh: bool = False,
     show: Show = silent,
+    run: Run = in_turn,
 ) -> Calibration:
     """Find the plan that spends a budget best on a model; :func:`write` makes the artifact of it.
 
@@ -146,82 +157,68 @@ def calibrate(
         The artifact to be; finished stages are kept beside it.
     recipe
         Name of a search space.
+    search
+        ``surrogate``: the exact optimum of the additive model, and plans around it measured end to end; or KVTuner's
+        own search by Optuna's NSGA-II or by MOEA/D, whose front goes into the report.
+    trials, seed
+        Of KVTuner's search.
     fresh
         Forget finished stages of an interrupted run.
     show
         Makes progress displays.
+    run
+        Runs the independent evaluations, by default here and one after another.
 
     Raises
     ------
     BudgetError
-        If no plan meets the budget, naming the least reachable, before anything is measured.
+        If no plan meets the budget, naming the least reachable, before anything is measured; if KVTuner's search found
+        none.
     InputError
         If the recipe does not exist or does not fit the model.
+    UsageError
+        If stages are to be forgotten that another calibration uses, or Optuna is not installed.
     """
     geometry = exact_layers(loaded)
     space = search_space(recipe, geometry)
     check_budget(space, geometry, budget, loaded.dtype)
+    if search != "surrogate":
+        from kvcli.calibration import paper_search
+
+        paper_search.check_installed()
     loaded.model.set_attn_implementation(ATTENTION)
     stages = Stages.beside(out, fresh=fresh, show=show)
     ids = corpus.ids
-    length = ids.shape[1]
     exact = CachePlan(tuple(geometry), dtype=loaded.dtype)
     source = {"model": loaded.sha256, "dtype": loaded.dtype, "data": corpus.sha256}
 
-    tensors: dict[str, Tensor] = {}
-    if space.center:
-        tensors = stages.run(
-            "moments", lambda step: moments(loaded, exact, ids, step),
-            description="means of keys and values", settings=source, steps=len(ids),
-        )  # fmt: skip
-    inputs = [x["name"] for x in stages.record]
-    layers_probe = Probe(loaded.model, ids[:PROBE_WINDOWS, :PROBE_TOKENS], loaded.rope, tensors)
-    found = stages.run(
-        "sensitivity", lambda step: sensitivity.measure_layers(layers_probe, space, geometry, loaded.dtype, step),
-        description="sensitivity of each layer", inputs=inputs, steps=len(geometry),
-        settings={**source, "space": space.to_json(), "windows": PROBE_WINDOWS, "tokens": PROBE_TOKENS},
-    )  # fmt: skip
-    other = ids[PROBE_WINDOWS % len(ids)][None]
-    settings_probe = Probe(loaded.model, other, loaded.rope, tensors)
-
-    def ratios(step: Callable[[], None]) -> dict[str, Any]:
-        measured = sensitivity.measure_settings(settings_probe, space, geometry, loaded.dtype, step)
-        return {"ratio": [[*vars(s).values(), r] for s, r in measured.items()]}
-
-    ratio = stages.run(
-        "settings", ratios,
-        description="sinks, window and page size", inputs=inputs,
-        settings={**source, "space": space.to_json(), "tokens": length},
-        steps=len(space.sink_tokens) + len(space.residual_windows) * len(space.block_sizes) - 1,
-    )["ratio"]  # fmt: skip
-    costs = Sensitivity(
-        space, geometry, loaded.dtype, found["error"], found["kl"], found["measured"],
-        {Setting(int(b), int(s), int(w)): r for b, s, w, r in ratio},
-    )  # fmt: skip
-    solutions = surrogate.solve(costs, budget.bits, budget.context, nominal=budget.nominal)[:VERIFIED]
-    check = Probe(loaded.model, ids[(PROBE_WINDOWS + 1) % len(ids)][None], loaded.rope, tensors)
-
-    def verify(step: Callable[[], None]) -> dict[str, Any]:
-        reference = check.reference(solutions[0].plan)
-        kl = []
-        for solution in solutions:
-            kl.append(check.kl_of(solution.plan, reference))
-            step()
-        return {"kl": kl}
-
-    measured = stages.run(
-        "verify", verify,
-        description="best plans, end to end", inputs=["sensitivity", "settings"], steps=len(solutions),
-        settings={"plans": [s.plan.to_json() for s in solutions], "tokens": length},
-    )["kl"]  # fmt: skip
-    best = min(range(len(solutions)), key=lambda i: (measured[i], i))
+    with stages:  # nobody else forgets them meanwhile
+        tensors: dict[str, Tensor] = {}
+        if space.center:
+            tensors = stages.run(
+                "moments", lambda step: moments(loaded, exact, ids, step),
+                description="means of keys and values", settings=source, steps=len(ids),
+            )  # fmt: skip
+        work = Measuring(loaded, tensors, space, geometry, stages, source, run)
+        costs = work.costs(ids)
+        more: dict[str, Any] = {}
+        if search == "surrogate":
+            tried, chosen = refine.search(work, costs, ids, budget.bits, budget.context, nominal=budget.nominal)
+        else:
+            sampler = paper_search.SAMPLERS[search]
+            tried, front = paper_search.search(work, costs, ids, budget, sampler, trials=trials, seed=seed)
+            chosen, more = 0, {"front": front.to_json()}
+    scale = median(x.cost.kl / x.predicted_kl for x in tried)
     report = {
         "sensitivity": costs.to_json(),
-        "scale": measured[best] / solutions[best].predicted_kl,
-        "verified": [summary(s, budget.context, kl=m) for s, m in zip(solutions, measured, strict=True)],
+        "scale": scale,
+        "nll_per_kl": nll_per_kl([x.cost for x in tried], check_probe(loaded, ids, tensors).scored_tokens),
+        "verified": [summary(x, budget.context, kl=x.cost.kl, delta_nll=x.cost.delta_nll) for x in tried],
+        "chosen": chosen,
+        "curve": curve(costs, scale, budget.context),
+        **more,
     }
-    report["curve"] = curve(costs, report["scale"], budget.context)
-    return Calibration(budget, solutions[best].plan, tensors, report, stages)
+    return Calibration(budget, tried[chosen].plan, tensors, report, stages)
 
 
 def check_budget(space: SearchSpace, geometry: list[LayerPlan], budget: Budget, dtype: str) -> None:
@@ -229,7 +226,7 @@ def check_budget(space: SearchSpace, geometry: list[LayerPlan], budget: Budget, 
     surrogate.solve(Sensitivity.unmeasured(space, geometry, dtype), budget.bits, budget.context, nominal=budget.nominal)
 
 
-def summary(solution: Solution, context: int, **more: Any) -> dict[str, Any]:
+def summary(solution: Solution | Tried, context: int, **more: Any) -> dict[str, Any]:
     """Return a solution's shared settings, bits and predicted loss as plain JSON."""
     plan = solution.plan
     return {
@@ -241,11 +238,11 @@ def summary(solution: Solution, context: int, **more: Any) -> dict[str, Any]:
 
 def curve(found: Sensitivity, scale: float, context: int) -> list[dict[str, Any]]:
     """Return the best predicted plan for budgets from 2 to 8 effective bits: the Pareto curve of the report."""
-    least = surrogate.least_bits(found, context, nominal=False)
+    frontiers = Frontiers(found, context, bits=max(CURVE))
     points = []
     for bits in CURVE:
-        if bits >= least:
-            best = surrogate.solve(found, bits, context)[0]
+        best = frontiers.best(bits)
+        if best is not None:
             points.append({"bits": bits, **summary(best, context, kl=best.predicted_kl * scale)})
     return points
 
@@ -271,11 +268,6 @@ def write(loaded: LoadedModel, corpus: Corpus, found: Calibration, out: Path, *,
     return path
 
 
-def shapes(layers: Sequence[LayerPlan]) -> list[tuple[Any, ...]]:
-    """Return what makes layers those of one model: heads, channels and windows."""
-    return [(x.num_kv_heads, x.head_dim, x.kind, x.window) for x in layers]
-
-
 def changed(loaded: LoadedModel, folder: Path) -> list[str]:
     """Return the keys of config.json that differ from the source's, none for a .gguf, which has no config.json."""
     original = loaded.files[0].parent / "config.json"
@@ -283,42 +275,3 @@ def changed(loaded: LoadedModel, folder: Path) -> list[str]:
         return []
     before, after = (json.loads(path.read_text()) for path in (original, folder / "config.json"))
     return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-
-
-def solve(artifact: Artifact, budget: Budget, out: Path, *, overwrite: bool) -> tuple[Path, CachePlan, float]:
-    """Write another artifact for another budget from what an artifact already measured.
-
-    Returns the path, the plan and the KL predicted for it. Weights are linked, not copied, on one file system.
-
-    Raises
-    ------
-    BudgetError
-        If no plan meets the budget.
-    InputError
-        If the artifact's report holds no measurements.
-    """
-    check_target(out, overwrite=overwrite)
-    try:
-        found = Sensitivity.from_json(artifact.report["sensitivity"])
-        scale = float(artifact.report["scale"])
-        if found.dtype != artifact.plan.dtype or shapes(found.geometry) != shapes(artifact.plan.layers):
-            raise ValueError("measured on another model")
-    except (KeyError, TypeError, ValueError, AttributeError, InputError):
-        raise InputError(f"{artifact.path.name} holds no usable measurements in report.json.") from None
-    best = surrogate.solve(found, budget.bits, budget.context, nominal=budget.nominal)[0]
-    predicted = best.predicted_kl * scale
-    report = {**artifact.report, "verified": [], "curve": curve(found, scale, budget.context)}
-    report["solved"] = summary(best, budget.context, kl=predicted)
-    stage = {"name": "solve", "settings": {"bits": budget.bits, "context": budget.context, "nominal": budget.nominal}}
-    with ArtifactWriter(out, overwrite=overwrite) as writer:
-        writer.link(artifact, "*")
-        writer.write_tensors(artifact.tensors())
-        writer.write_json("report.json", report)
-        manifest: Mapping[str, Any] = artifact.manifest
-        path = writer.commit({
-            "plan": best.plan.to_json(), "context": budget.context,
-            "budget": {"bits": budget.bits, "nominal": budget.nominal},
-            "stages": [*manifest["stages"], {**stage, "sha256": manifest["files"]["report.json"]["sha256"]}],
-            "source": manifest["source"], "calibration": manifest["calibration"],
-        })  # fmt: skip
-    return path, best.plan, predicted

@@ -3,13 +3,17 @@
 After KVTuner (Li et al., 2025, arXiv:2502.04420): sensitivities are measured layer by layer on captured attention.
 Departure: the loss is the KL divergence of the model's output distribution, measured end to end for one format per
 layer and tensor, and carried over to the other formats by their attention output error.
+
+Everything is measured by functions of a probe and a task, :func:`measure_layer` and :func:`measure_plan`, that return
+plain JSON: tasks do not depend on one another, and may run in any order and anywhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 import torch
@@ -17,19 +21,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcli.calibration.capture import Attention, layer_inputs, plain_cache, run_layers
+from kvcli.calibration.capture import Attention, OnePassCache, device_of, embed, layer_inputs, plain_cache, run_layers
 from kvcli.calibration.space import SearchSpace, Setting, fits
 from kvcli.models.architectures import Rope
 from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
 from kvcli.runtime.attention import visible
-from kvcli.runtime.packed_cache import PackedCache, StoredLayer
+from kvcli.runtime.packed_cache import StoredLayer
 from kvcli.runtime.packed_layer import PackedLayer
 
 Which = Literal["k", "v"]
 TENSORS: tuple[Which, Which] = ("k", "v")
 BASE = Setting(block_size=16, sink_tokens=4, residual_window=0)  # under which layers are compared
 MIN_KL = 1e-12  # nats; below this a measurement is rounding
+QUERIES = 64  # whose scores are held at once
+PARTS = 16
+ROWS = 128  # tokens of a window whose distributions are compared at once
 
 
 @dataclass
@@ -119,36 +126,38 @@ def output_errors(
     """
     tokens = attention.key.shape[2]
     positions = torch.arange(tokens, device=attention.key.device)
-    queries = positions[tokens // 2 :]
     heads = attention.key.shape[1]
-    query = attention.query[:, :, tokens // 2 :].unflatten(1, (heads, -1)).float()
     key, value = attention.key.float(), attention.value.float()
-    scores = torch.einsum("bhgtd,bhsd->bhgts", query, key) * attention.scaling
 
     def layer_with(fmt: KVFormat) -> PackedLayer:
         changed = plan.with_layer(index, plan.layers[index].with_format(which, fmt))
         return PackedLayer(changed, index, rope=rope, tensors=tensors, device=key.device)
 
-    probe = layer_with(next((f for f in formats if not f.is_exact), formats[0]))  # exact layers see no packed token
-    packed = visible(positions, queries, probe, "packed")
-    seen = packed | visible(positions, queries, probe, "exact") | visible(positions, queries, probe, "sinks")
-    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-    norm = torch.einsum("bhgts,bhsd->bhgtd", weights, value).square().sum()
-    out = []
+    rebuilt = []
     for fmt in formats:
         codec = layer_with(fmt).codec
         exact = (key if which == "k" else value).to(codec.exact_dtype)
         padded = torch.nn.functional.pad(exact, (0, 0, 0, -tokens % plan.block_size))
         slots = torch.arange(padded.shape[2], device=key.device)
-        rebuilt = codec.decode(which, codec.encode(which, padded, slots), slots)[:, :, :tokens].float()
-        if which == "v":
-            delta = torch.einsum("bhgts,bhsd->bhgtd", weights * packed, rebuilt - value)
-        else:
-            mixed = torch.einsum("bhgtd,bhsd->bhgts", query, rebuilt) * attention.scaling
-            mixed = torch.where(packed, mixed, scores).masked_fill(~seen, -math.inf).softmax(-1)
-            delta = torch.einsum("bhgts,bhsd->bhgtd", mixed - weights, value)
-        out.append(float(delta.square().sum() / norm))
-    return out
+        rebuilt.append(codec.decode(which, codec.encode(which, padded, slots), slots)[:, :, :tokens].float())
+    probe = layer_with(next((f for f in formats if not f.is_exact), formats[0]))  # exact layers see no packed token
+    norm, wrong = 0.0, [0.0] * len(formats)
+    for queries in positions[tokens // 2 :].split(QUERIES):
+        query = attention.query[:, :, queries].unflatten(1, (heads, -1)).float()
+        packed = visible(positions, queries, probe, "packed")
+        seen = packed | visible(positions, queries, probe, "exact") | visible(positions, queries, probe, "sinks")
+        scores = torch.einsum("bhgtd,bhsd->bhgts", query, key) * attention.scaling
+        weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        norm += float(torch.einsum("bhgts,bhsd->bhgtd", weights, value).square().sum())
+        for i, stored in enumerate(rebuilt):
+            if which == "v":
+                delta = torch.einsum("bhgts,bhsd->bhgtd", weights * packed, stored - value)
+            else:
+                mixed = torch.einsum("bhgtd,bhsd->bhgts", query, stored) * attention.scaling
+                mixed = torch.where(packed, mixed, scores).masked_fill(~seen, -math.inf).softmax(-1)
+                delta = torch.einsum("bhgts,bhsd->bhgtd", mixed - weights, value)
+            wrong[i] += float(delta.square().sum())
+    return [x / norm for x in wrong]
 
 
 def carry_over(error: list[float], at: int, kl: float) -> list[float]:
@@ -159,9 +168,28 @@ def carry_over(error: list[float], at: int, kl: float) -> list[float]:
     return [max(kl, MIN_KL) * e / max(error[at], 1e-30) for e in error]
 
 
-def mean_kl(reference: Tensor, log_probs: Tensor) -> float:
-    """Mean over tokens of KL(reference‖other), in nats; both are [..., vocabulary] log-probabilities."""
-    return float((reference.exp() * (reference - log_probs)).sum(-1).mean())
+@dataclass(frozen=True)
+class Cost:
+    """What a choice costs, mean over the scored tokens, in nats.
+
+    Attributes
+    ----------
+    kl
+        KL(reference‖other).
+    delta_nll
+        By how much the loss on the text itself grows: the logarithm of how much perplexity is multiplied by.
+    parts
+        The KL in each of :data:`PARTS` stretches of the text, which tell a difference from noise.
+    """
+
+    kl: float
+    delta_nll: float
+    parts: list[float] = field(default_factory=list)
+
+    def is_below(self, other: Cost) -> bool:
+        """Whether the KL is lower by more than two standard errors of the difference, on the same text."""
+        differences = [b - a for a, b in zip(self.parts, other.parts, strict=True)]
+        return fmean(differences) > 2 * stdev(differences) / math.sqrt(len(differences))
 
 
 class Probe:
@@ -179,89 +207,162 @@ class Probe:
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, rope: Rope, tensors: Mapping[str, Tensor]) -> None:
         self.model, self.ids, self.rope, self.tensors = model, ids, rope, tensors
+        self._reference: Tensor | None = None
+        self._walk: Iterator[tuple[int, Tensor, Attention]] = iter(())
+        self._next = math.inf
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what can be computed again: a probe may be sent to another process."""
+        return {**vars(self), "_reference": None, "_walk": iter(()), "_next": math.inf}
+
+    @property
+    def scored_tokens(self) -> int:
+        """How many tokens are scored."""
+        return self._scored(self.ids).numel()
 
     def log_probs(self, hidden: Tensor) -> Tensor:
-        """Log-probabilities of the scored half from the final norm's output."""
-        logits: Tensor = self.model.lm_head(hidden[:, hidden.shape[1] // 2 :])
+        """Log-probabilities from the final norm's output, [..., vocabulary] in float32."""
+        logits: Tensor = self.model.lm_head(hidden)
         return logits.float().log_softmax(-1)
 
     def reference(self, plan: CachePlan) -> Tensor:
-        """Log-probabilities of the exact model."""
-        return self.log_probs(self._run(plain_cache(plan)))
+        """Log-probabilities of the exact model on the scored half; of the plan only the geometry is read."""
+        if self._reference is None:
+            self._reference = self.log_probs(self._scored(self._run(plain_cache(plan))))
+        return self._reference
+
+    def _scored(self, hidden: Tensor) -> Tensor:
+        return hidden[:, hidden.shape[1] // 2 :]
 
     def _run(self, cache: Cache) -> Tensor:
-        return run_layers(self.model, self.model.model.embed_tokens(self.ids), cache, 0)
+        return run_layers(self.model, embed(self.model, self.ids), cache, 0)
 
-    def kl_of_layer(self, plan: CachePlan, index: int, hidden: Tensor, reference: Tensor) -> float:
-        """KL when one layer alone is stored as ``plan`` says; ``hidden`` is that layer's input."""
+    def cost(self, plan: CachePlan, hidden: Tensor) -> Cost:
+        """Compare the exact model's distributions with those of a final norm's output, a few tokens at a time."""
+        nll, kl = 0.0, []
+        targets = self._scored(self.ids)
+        rows = zip(self.reference(plan).split(ROWS, 1), self._scored(hidden).split(ROWS, 1), strict=True)
+        for i, (p, x) in enumerate(rows):
+            q = self.log_probs(x)
+            kl.append((p.exp() * (p - q)).sum(-1).double())
+            came = targets[:, i * ROWS + 1 : (i + 1) * ROWS + 1, None].to(q.device)  # the last token predicts nothing
+            here = [y[:, : came.shape[1]].gather(-1, came).double().sum() for y in (p, q)]
+            nll += float(here[0] - here[1])
+        each = torch.cat(kl, 1).flatten()
+        parts = [float(x.mean()) for x in each.tensor_split(min(PARTS, len(each)))]
+        return Cost(float(each.mean()), nll / max(1, targets.numel() - len(targets)), parts)
+
+    def inputs_of(self, plan: CachePlan, index: int) -> tuple[Tensor, Attention]:
+        """Return a layer's input in the exact model, and its attention; cheap when layers are asked for in order."""
+        if index < self._next:
+            self._walk = layer_inputs(self.model, plan, self.ids)
+        for at, hidden, attention in self._walk:
+            self._next = at + 1
+            if at == index:
+                return hidden, attention
+        raise IndexError(f"the model has no layer {index}")
+
+    def cost_of_layer(self, plan: CachePlan, index: int, hidden: Tensor) -> Cost:
+        """Cost when one layer alone is stored as ``plan`` says; ``hidden`` is that layer's input."""
         batch, tokens = self.ids.shape
         cache = plain_cache(plan)
         cache.layers[index] = StoredLayer(
-            PackedLayer(plan, index, batch_size=batch, capacity=tokens, rope=self.rope, tensors=self.tensors)
-        )
-        return mean_kl(reference, self.log_probs(run_layers(self.model, hidden, cache, index)))
+            PackedLayer(
+                plan, index, batch_size=batch, capacity=tokens, rope=self.rope, tensors=self.tensors,
+                device=hidden.device,
+            )
+        )  # fmt: skip
+        return self.cost(plan, run_layers(self.model, hidden, cache, index))
 
-    def kl_of(self, plan: CachePlan, reference: Tensor) -> float:
-        """KL of a whole plan."""
+    def cost_of(self, plan: CachePlan) -> Cost:
+        """Cost of a whole plan."""
         batch, tokens = self.ids.shape
-        cache = PackedCache(plan, batch_size=batch, capacity=tokens, rope=self.rope, tensors=self.tensors)
-        return mean_kl(reference, self.log_probs(self._run(cache)))
+        stored = [
+            StoredLayer(
+                PackedLayer(
+                    plan, i, batch_size=batch, capacity=tokens, rope=self.rope, tensors=self.tensors,
+                    device=device_of(layer),
+                )
+            )
+            for i, layer in enumerate(self.model.model.layers)
+        ]  # fmt: skip
+        return self.cost(plan, self._run(OnePassCache(list(stored))))
 
 
-def measure_layers(
-    probe: Probe, space: SearchSpace, geometry: list[LayerPlan], dtype: str, step: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
-    """Measure every layer's errors and its KL at one format, and carry the KL over.
+def measure_plan(probe: Probe, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a whole plan, as plain JSON, costs end to end: the fields of :class:`Cost`."""
+    return asdict(probe.cost_of(CachePlan.from_json(dict(plan))))
 
-    Returns ``error``, ``kl`` and ``measured`` of :class:`Sensitivity`. ``step`` is called once a layer.
+
+def measure_layer(
+    probe: Probe, space: SearchSpace, geometry: list[LayerPlan], dtype: str, index: int
+) -> dict[str, dict[Which, Any]]:
+    """Measure one layer alone, for its keys and for its values.
+
+    Returns ``error``, of every format as by :func:`output_errors`, and of the one format of :func:`anchor` the fields
+    of :class:`Cost`, each for ``k`` and ``v``.
     """
     exact = KVFormat.exact()
     plain = space.plan([space.layer(x, exact, exact) for x in geometry], BASE, dtype)
-    reference = probe.reference(plain)
+    out: dict[str, dict[Which, Any]] = {"error": {}, "kl": {}, "delta_nll": {}}
+    hidden, attention = probe.inputs_of(plain, index)
     formats: dict[Which, tuple[KVFormat, ...]] = {"k": space.k, "v": space.v}
-    at = {which: anchor(formats[which]) for which in TENSORS}
-    error: dict[Which, list[list[float]]] = {"k": [], "v": []}
-    kl: dict[Which, list[list[float]]] = {"k": [], "v": []}
-    measured: dict[Which, dict[str, Any]] = {w: {"format": formats[w][at[w]].to_json(), "kl": []} for w in TENSORS}
-    for i, hidden, attention in layer_inputs(probe.model, plain, probe.ids):
-        for which in TENSORS:
-            candidates = formats[which]
-            block = max([BASE.block_size, *(f.group for f in candidates if f.axis == "channel" and not f.is_exact)])
-            base = replace(plain, block_size=block)
-            errors = output_errors(attention, base, i, which, candidates, probe.rope, probe.tensors)
-            plan = base.with_layer(i, plain.layers[i].with_format(which, candidates[at[which]]))
-            found = probe.kl_of_layer(plan, i, hidden, reference)
-            measured[which]["kl"].append(found)
-            error[which].append(errors)
-            kl[which].append(carry_over(errors, at[which], found))
-        step()
-    return {"error": error, "kl": kl, "measured": measured}
+    for which, candidates in formats.items():
+        block = max([BASE.block_size, *(f.group for f in candidates if f.axis == "channel" and not f.is_exact)])
+        base = replace(plain, block_size=block)
+        out["error"][which] = output_errors(
+            attention, base, index, which, candidates, probe.rope, probe.tensors
+        )  # fmt: skip
+        layer = plain.layers[index].with_format(which, candidates[anchor(candidates)])
+        found = probe.cost_of_layer(base.with_layer(index, layer), index, hidden)
+        out["kl"][which], out["delta_nll"][which] = found.kl, found.delta_nll
+    return out
 
 
-def measure_settings(
-    probe: Probe, space: SearchSpace, geometry: list[LayerPlan], dtype: str, step: Callable[[], None] = lambda: None
-) -> dict[Setting, float]:
-    """Measure how sinks, window and page size change the loss of a uniform plan, relative to :data:`BASE`.
+def layer_costs(space: SearchSpace, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return ``error``, ``kl`` and ``measured`` of :class:`Sensitivity` from every layer's :func:`measure_layer`."""
+    formats: dict[Which, tuple[KVFormat, ...]] = {"k": space.k, "v": space.v}
+    at = {which: anchor(x) for which, x in formats.items()}
+    error = {which: [x["error"][which] for x in layers] for which in TENSORS}
+    return {
+        "error": error,
+        "kl": {w: [carry_over(e, at[w], x["kl"][w]) for e, x in zip(error[w], layers, strict=True)] for w in TENSORS},
+        "measured": {
+            w: {
+                "format": formats[w][at[w]].to_json(),
+                "kl": [x["kl"][w] for x in layers], "delta_nll": [x["delta_nll"][w] for x in layers],
+            }
+            for w in TENSORS
+        },
+    }  # fmt: skip
 
-    Sinks are taken to act independently of the exact tail (window and page), so each is measured with the other at its
-    base. The uniform plan stores everything in the formats measured end to end. ``step`` is called once a measurement.
+
+def setting_plans(space: SearchSpace, geometry: list[LayerPlan], dtype: str) -> dict[Setting, CachePlan]:
+    """Return the uniform plans whose costs say what sinks, window and page size do.
+
+    Sinks are taken to act independently of the exact tail (window and page), so each is measured with the other as in
+    the first setting, the base. Everything is stored in the formats that layers are measured with.
     """
-    base = BASE if BASE.block_size in space.block_sizes else replace(BASE, block_size=min(space.block_sizes))
     # pages are powers of two, so what fits the smallest fits them all
     k, v = (tuple(f for f in formats if fits(f, min(space.block_sizes))) for formats in (space.k, space.v))
     layers = [space.layer(x, k[anchor(k)], v[anchor(v)]) for x in geometry]
-    reference = probe.reference(space.plan(layers, base, dtype))
-    known: dict[Setting, float] = {}
+    base = _base(space)
+    wanted = [base]
+    for x in space.settings():
+        wanted.append(replace(base, block_size=x.block_size, residual_window=x.residual_window))
+        wanted.append(replace(base, sink_tokens=x.sink_tokens))
+    return {x: space.plan(layers, x, dtype) for x in wanted}
 
-    def kl(setting: Setting) -> float:
-        if setting not in known:
-            known[setting] = max(probe.kl_of(space.plan(layers, setting, dtype), reference), MIN_KL)
-            step()
-        return known[setting]
 
+def _base(space: SearchSpace) -> Setting:
+    return BASE if BASE.block_size in space.block_sizes else replace(BASE, block_size=min(space.block_sizes))
+
+
+def setting_ratios(space: SearchSpace, kl: Mapping[Setting, float]) -> dict[Setting, float]:
+    """Return what each setting multiplies the loss by, relative to :data:`BASE`, from the KL of the plans measured."""
+    base, at = _base(space), {setting: max(x, MIN_KL) for setting, x in kl.items()}
     out = {}
-    for setting in space.settings():
-        tail = kl(replace(base, block_size=setting.block_size, residual_window=setting.residual_window))
-        sinks = kl(replace(base, sink_tokens=setting.sink_tokens))
-        out[setting] = tail / kl(base) * sinks / kl(base)
+    for x in space.settings():
+        tail = at[replace(base, block_size=x.block_size, residual_window=x.residual_window)]
+        out[x] = tail / at[base] * at[replace(base, sink_tokens=x.sink_tokens)] / at[base]
     return out

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "evaluate",
     "bench": "bench",
     "inspect": "inspect",
+    "export": "export",
     "plugins": "plugins",
     "doctor": "doctor",
 }

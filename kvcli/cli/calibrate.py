@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,14 +11,18 @@ import typer
 from kvcli.cli.console import emit, progress, say
 from kvcli.cli.options import JsonFlag, SeedOption, ThreadsOption, TrustRemoteCode, option
 from kvcli.cli.shared import plan_summary, show_plan
+from kvcli.errors import UsageError
 
 WINDOW = 1024  # longest calibration window
 
 
 def calibrate(
     model: Annotated[str, typer.Argument(help="A local folder, a hub id or a .gguf file.")],
-    bits: Annotated[float, option("--bits", help="Ceiling on effective bits per cached value at --context.")],
     out: Annotated[Path, option("--out", "-o", help="Folder of the artifact.")],
+    bits: Annotated[
+        float | None,
+        option("--bits", help="Ceiling on effective bits per cached value at --context; a preset is only held to it."),
+    ] = None,
     context: Annotated[
         int,
         option(
@@ -39,8 +44,18 @@ def calibrate(
     ] = "builtin",
     tokens: Annotated[int, option("--tokens", min=2, help="Tokens of calibration text.")] = 6144,
     recipe: Annotated[
-        str, option("--recipe", help="A shipped recipe, a YAML file, or a quantizer plug-in.")
+        str,
+        option(
+            "--recipe",
+            help="A shipped recipe, a YAML file, a quantizer plug-in, or a preset that leaves nothing to search: "
+            "kvtuner:NAME or kvtuner:FILE.yaml[:kivi|token].",
+        ),
     ] = "balanced",
+    search: Annotated[
+        Literal["surrogate", "kvtuner-nsga2", "kvtuner-moead"],
+        option("--search", help="How plans are found: by kvcli's surrogate, or by KVTuner's multi-objective search."),
+    ] = "surrogate",
+    trials: Annotated[int, option("--trials", min=1, help="Plans that KVTuner's search tries.")] = 200,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
         option("--dtype", help="Dtype the model computes in; auto is the checkpoint's own, and float32 for .gguf."),
@@ -52,6 +67,19 @@ def calibrate(
     force: Annotated[bool, option("--force", help="Replace an artifact that is already there.")] = False,
     dry_run: Annotated[bool, option("--dry-run", help="Check everything, say what would be done, and stop.")] = False,
     threads: ThreadsOption = 0,
+    ray: Annotated[
+        str | None,
+        option(
+            "--ray", metavar="auto|ADDRESS", help="Measure on the workers of a Ray cluster; auto may start one here."
+        ),
+    ] = None,
+    workers: Annotated[
+        int, option("--workers", min=0, help="Ray workers, of --threads each.", show_default="all CPUs of the cluster")
+    ] = 0,
+    device_map: Annotated[
+        Literal["none", "auto", "balanced", "sequential"],
+        option("--device-map", help="How accelerate spreads a model that is larger than one device."),
+    ] = "none",
     trust_remote_code: TrustRemoteCode = False,
     json: JsonFlag = False,
 ) -> None:
@@ -66,20 +94,39 @@ def calibrate(
         If the budget cannot be met.
     """
     from kvcli.artifact.writer import check_target
-    from kvcli.calibration import corpora, pipeline
+    from kvcli.calibration import corpora, fixed, pipeline, presets
+    from kvcli.calibration.stages import in_turn
+    from kvcli.calibration.workers import ModelSource, RayPool, check_ray
     from kvcli.models.loading import load
 
     check_target(out, overwrite=force)
+    preset = presets.load(recipe) if presets.is_preset(recipe) else None
+    if bits is None and preset is None:
+        raise UsageError("--bits is missing: only a preset (--recipe kvtuner:NAME) is a plan without a budget.")
+    if preset is not None and search != "surrogate":
+        raise UsageError("--search is for recipes: a preset leaves nothing to search.")
+    if workers and ray is None:
+        raise UsageError("--workers are Ray's: give --ray auto or --ray ADDRESS too.")
+    if ray is not None:
+        check_ray(ray)
+    placement = ModelSource(model, dtype, trust_remote_code, None if device_map == "none" else device_map)
     with progress("loading the model"):
-        loaded = load(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    budget = pipeline.Budget(bits, context or min(loaded.max_context, 8192), nominal)
+        loaded = load(**vars(placement))
+    context = context or min(loaded.max_context, 8192)
     geometry = pipeline.exact_layers(loaded)
-    space = pipeline.search_space(recipe, geometry)
-    pipeline.check_budget(space, geometry, budget, loaded.dtype)
+    if preset is not None:
+        budget = fixed.budget_for(loaded, preset, bits, context, nominal)
+        plan = preset.plan(geometry, loaded.dtype)
+        formats, settings = {"k": [x.k for x in plan.layers], "v": [x.v for x in plan.layers]}, 1
+    else:
+        budget = pipeline.Budget(bits or 0, context, nominal)
+        space = pipeline.search_space(recipe, geometry)
+        pipeline.check_budget(space, geometry, budget, loaded.dtype)
+        formats, settings = {"k": list(space.k), "v": list(space.v)}, len(list(space.settings()))
     length = min(WINDOW, loaded.max_context)
     if dry_run:
         corpora.sources(data, loaded, num_tokens=tokens, seed=seed, length=length)
-        _say_plan(loaded, budget, space, recipe, data, tokens, json)
+        _say_plan(loaded, budget, formats, settings, recipe, data, tokens, json)
         return
     with progress("reading calibration text", total=100) as bar:
         last = 0.0
@@ -90,12 +137,24 @@ def calibrate(
             last = 100 * done / max(1, total)
 
         corpus = corpora.tokens(data, loaded, num_tokens=tokens, seed=seed, length=length, progress=report)
-    found = pipeline.calibrate(loaded, corpus, budget, out, recipe=recipe, fresh=not resume, show=progress)
+    with ExitStack() as stack:
+        run = in_turn
+        if ray is not None:
+            with progress("reaching the Ray cluster"):
+                pool = RayPool(ray, loaded.model, placement, loaded.sha256, threads=threads, workers=workers)
+            run = stack.enter_context(pool).run
+        if preset is not None:
+            found = fixed.calibrate(loaded, corpus, preset, budget, out, fresh=not resume, show=progress, run=run)
+        else:
+            found = pipeline.calibrate(
+                loaded, corpus, budget, out, recipe=recipe, search=search, trials=trials, seed=seed,
+                fresh=not resume, show=progress, run=run,
+            )  # fmt: skip
     if found.stages.resumed:
         say(f"Resumed: {', '.join(found.stages.resumed)} taken from an earlier run.")
     with progress("writing the artifact"):
         path = pipeline.write(loaded, corpus, found, out, seed=seed, overwrite=force)
-    chosen = min(found.report["verified"], key=lambda x: x["kl"])
+    chosen = found.report["verified"][found.report.get("chosen", 0)]
     if json:
         emit({"path": str(path), **plan_summary(found.plan, budget.context), "kl": chosen["kl"], "data": corpus.name})
         return
@@ -104,13 +163,22 @@ def calibrate(
     print(f"written to {out}")
 
 
-def _say_plan(loaded: Any, budget: Any, space: Any, recipe: str, data: str, tokens: int, json: bool) -> None:
+def _say_plan(
+    loaded: Any,
+    budget: Any,
+    formats: dict[str, list[Any]],
+    settings: int,
+    recipe: str,
+    data: str,
+    tokens: int,
+    json: bool,
+) -> None:
     facts = {
         "model": loaded.source, "dtype": loaded.dtype, "num_layers": len(loaded.geometry),
         "bits": budget.bits, "nominal": budget.nominal, "context": budget.context,
         "recipe": recipe, "data": data, "tokens": tokens,
-        "formats": {"k": [str(f) for f in space.k], "v": [str(f) for f in space.v]},
-        "settings": len(list(space.settings())),
+        "formats": {which: list(dict.fromkeys(map(str, x))) for which, x in formats.items()},
+        "settings": settings,
     }  # fmt: skip
     if json:
         emit(facts)
@@ -118,5 +186,6 @@ def _say_plan(loaded: Any, budget: Any, space: Any, recipe: str, data: str, toke
     print(f"{facts['model']}: {facts['num_layers']} layers, computing in {facts['dtype']}")
     kind = "nominal" if budget.nominal else "effective"
     print(f"budget {budget.bits:g} {kind} bits at {budget.context} tokens: can be met")
-    print(f"recipe {recipe}: {len(space.k)} key and {len(space.v)} value formats under {facts['settings']} settings")
+    counts = {which: len(set(x)) for which, x in formats.items()}
+    print(f"recipe {recipe}: {counts['k']} key and {counts['v']} value formats under {settings} settings")
     print(f"calibration text {data}, {tokens} tokens; nothing was written")

@@ -9,12 +9,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
@@ -59,6 +61,8 @@ class LoadedModel:
         The rotary embedding of all layers.
     files
         The weight files that were read.
+    offload
+        Folder of the weights that a device map left on disk; it goes when the model goes.
     """
 
     model: PreTrainedModel
@@ -67,6 +71,7 @@ class LoadedModel:
     geometry: tuple[LayerGeometry, ...]
     rope: Rope
     files: tuple[Path, ...]
+    offload: TemporaryDirectory[str] | None = field(default=None, repr=False)
 
     @cached_property
     def sha256(self) -> str:
@@ -84,7 +89,17 @@ class LoadedModel:
         return int(self.model.config.max_position_embeddings)
 
 
-def load(source: str, *, dtype: str = "auto", trust_remote_code: bool = False, device: str = "cpu") -> LoadedModel:
+DeviceMap = str | dict[str, Any]
+
+
+def load(
+    source: str,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    device_map: DeviceMap | None = None,
+) -> LoadedModel:
     """Load a model from a local folder, a hub id or a .gguf file.
 
     Parameters
@@ -97,6 +112,9 @@ def load(source: str, *, dtype: str = "auto", trust_remote_code: bool = False, d
         Let the checkpoint bring its own Python code.
     device
         A torch device.
+    device_map
+        Instead of one device, accelerate's map of modules to devices, memory and disk, or ``auto``: the way to run a
+        model that is larger than one device.
 
     Raises
     ------
@@ -114,19 +132,22 @@ def load(source: str, *, dtype: str = "auto", trust_remote_code: bool = False, d
         if checkpoint.gguf:
             stack.enter_context(gguf.parsed_once())
             gguf.check(checkpoint.gguf)
+        offload = TemporaryDirectory(prefix="kvcli-") if device_map is not None else None
+        placement = {} if offload is None else {"device_map": device_map, "offload_folder": offload.name}
         try:
-            model, tokenizer = _from_pretrained(checkpoint, dtype, trust_remote_code)
+            model, tokenizer = _from_pretrained(checkpoint, dtype, trust_remote_code, placement)
         except (KvcliError, MemoryError):
             raise
         except Exception as error:  # a checkpoint is foreign input, and its parsers raise whatever they like
             raise InputError(f"{source} cannot be loaded: {_first_sentence(error)}.") from error
     _check_finite(model)
-    try:
-        model.to(device)  # type: ignore[arg-type]
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"Device {device!r} cannot be used: {_first_sentence(error)}.") from error
+    if device_map is None:
+        try:
+            model.to(device)  # type: ignore[arg-type]
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"Device {device!r} cannot be used: {_first_sentence(error)}.") from error
     return LoadedModel(
-        model, tokenizer, checkpoint.name, geometry(model.config), Rope.from_model(model), checkpoint.weights
+        model, tokenizer, checkpoint.name, geometry(model.config), Rope.from_model(model), checkpoint.weights, offload
     )
 
 
@@ -163,7 +184,15 @@ def state_dict_for_saving(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
     tied = loaded.model.all_tied_weights_keys
     for name, tensor in state.items():
         if name not in tied or state[tied[name]].data_ptr() != tensor.data_ptr():
-            yield name, tensor
+            yield name, _in_memory(loaded.model, name, tensor)
+
+
+def _in_memory(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of the model, read from where accelerate keeps it if it is not in memory."""
+    if not tensor.is_meta:
+        return tensor
+    with align_module_device(model.get_submodule(name.rpartition(".")[0]), "cpu"):
+        return model.get_parameter(name).data
 
 
 def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -191,7 +220,7 @@ def _quiet(*, keep_bars: bool = False) -> Iterator[None]:
 
 
 def _from_pretrained(
-    checkpoint: Checkpoint, dtype: str, trust_remote_code: bool
+    checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, placement: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if checkpoint.gguf:
@@ -209,6 +238,7 @@ def _from_pretrained(
         use_safetensors=True,
         output_loading_info=True,
         **where,
+        **placement,
     )
     model, report = loaded
     _check_complete(report)
@@ -240,7 +270,8 @@ def _check_complete(report: dict[str, Any]) -> None:
 
 
 def _check_finite(model: PreTrainedModel) -> None:
-    for name, tensor in model.named_parameters():
+    for name, parameter in model.named_parameters():
+        tensor = _in_memory(model, name, parameter)
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise InputError(f"Tensor {name} holds NaN or infinite values.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -201,6 +202,19 @@ def test_output_errors_fall_with_bits(which):
 # --- measuring layers -------------------------------------------------------------------------------------------------
 
 
+def layers_of(probe: Probe, searched: SearchSpace, layers: list[LayerPlan]) -> dict[str, Any]:
+    """Measure every layer as calibration does."""
+    each = [sensitivity.measure_layer(probe, searched, layers, "bfloat16", i) for i in range(len(layers))]
+    return sensitivity.layer_costs(searched, json.loads(json.dumps(each)))
+
+
+def ratios_of(probe: Probe, searched: SearchSpace, layers: list[LayerPlan]) -> dict[Setting, float]:
+    """Measure every setting as calibration does."""
+    plans = sensitivity.setting_plans(searched, layers, "bfloat16")
+    kl = {s: sensitivity.measure_plan(probe, p.to_json())["kl"] for s, p in plans.items()}
+    return sensitivity.setting_ratios(searched, kl)
+
+
 def kl_of_running(model: PreTrainedModel, plan: CachePlan, probe: Probe) -> float:
     """KL of the second half's tokens between the model with this cache and the stock model."""
     cache = PackedCache(plan, batch_size=len(probe.ids), rope=probe.rope, tensors=probe.tensors)
@@ -223,10 +237,8 @@ def test_a_layers_kl_is_that_of_really_storing_this_layer_alone(window):
         block_sizes=(32,), transform="hadamard", center=True,
     )  # fmt: skip
     probe = probe_of(model, random_ids(2, 90))
-    steps: list[int] = []
-    found = sensitivity.measure_layers(probe, searched, layers, "bfloat16", lambda: steps.append(1))
+    found = layers_of(probe, searched, layers)
     assert set(found) == {"error", "kl", "measured"}
-    assert len(steps) == len(layers)
     for which, at, block in (("k", 2, 32), ("v", 0, 16)):
         fmt = getattr(searched, which)[at]
         measured = found["measured"][which]
@@ -246,7 +258,7 @@ def test_a_layers_kl_is_that_of_really_storing_this_layer_alone(window):
 def test_exact_candidates_cost_nothing_and_the_others_what_they_do(k):
     model = tiny(torch.bfloat16)
     layers, probe = exact_layers(model), probe_of(model, random_ids(1, 64))
-    found = sensitivity.measure_layers(probe, space(k, (KVFormat(4, group=16),)), layers, "bfloat16")
+    found = layers_of(probe, space(k, (KVFormat(4, group=16),)), layers)
     for costs in (*found["kl"]["k"], *found["kl"]["v"]):
         assert all(0 <= x < 1 for x in costs)
     for costs in found["kl"]["k"]:
@@ -262,7 +274,7 @@ def test_settings_are_measured_on_whole_plans_relative_to_the_base():
     layers = exact_layers(model)
     probe = probe_of(model, random_ids(1, 160))
     searched = space(block_sizes=(16, 32), sink_tokens=(0, 4), residual_windows=(0, 40))
-    found = sensitivity.measure_settings(probe, searched, layers, "bfloat16")
+    found = ratios_of(probe, searched, layers)
     assert set(found) == set(searched.settings())
     assert found[BASE] == 1
 
@@ -283,13 +295,54 @@ def test_formats_that_need_large_pages_can_be_measured(blocks):
     model = tiny(torch.bfloat16)
     k = tuple(KVFormat(bits, "channel", group=32) for bits in (2, 4))
     searched = space((*k, KVFormat(4, group=16)), block_sizes=blocks, sink_tokens=(0,), residual_windows=(32,))
-    steps: list[int] = []
     layers = exact_layers(model)
-    found = sensitivity.measure_settings(
-        probe_of(model, random_ids(1, 128)), searched.fitting(layers), layers, "bfloat16", lambda: steps.append(1)
-    )
+    found = ratios_of(probe_of(model, random_ids(1, 128)), searched.fitting(layers), layers)
     assert set(found) == set(searched.settings())
     assert all(0 < x < math.inf for x in found.values())
+
+
+def test_a_plans_cost_is_that_of_really_running_it(monkeypatch):
+    model = tiny(torch.bfloat16)
+    layers, probe = exact_layers(model), probe_of(model, random_ids(2, 90))
+    stored = tuple(space().layer(x, WIDTHS[0], WIDTHS[1]) for x in layers)
+    plan = CachePlan(stored, 16, 4, 0, "bfloat16")
+    monkeypatch.setattr(sensitivity, "ROWS", 7)  # the 45 scored tokens are compared in pieces
+    found = probe.cost_of(plan)
+    assert found.kl == pytest.approx(kl_of_running(model, plan, probe), rel=1e-3)
+    cache = PackedCache(plan, batch_size=2, rope=probe.rope, tensors=probe.tensors)
+    nll = []
+    for more in ({"past_key_values": cache}, {"use_cache": False}):
+        model.set_attn_implementation("kvcli" if "past_key_values" in more else "sdpa")
+        logits = model(probe.ids, **more).logits[:, 45:-1].float()
+        nll.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), probe.ids[:, 46:].flatten()))
+    model.set_attn_implementation("kvcli")
+    assert found.delta_nll == pytest.approx(float(nll[0] - nll[1]), rel=2e-2, abs=1e-5)
+    assert probe.scored_tokens == 90
+
+
+def test_layers_may_be_measured_in_any_order_and_by_a_copy_of_the_probe():
+    model = tiny(torch.bfloat16)
+    layers, probe = exact_layers(model), probe_of(model, random_ids(1, 64))
+    in_order = [sensitivity.measure_layer(probe, space(), layers, "bfloat16", i) for i in range(2)]
+    other = pickle.loads(pickle.dumps(probe))
+    assert [sensitivity.measure_layer(other, space(), layers, "bfloat16", i) for i in (1, 0, 1)] == [
+        in_order[1], in_order[0], in_order[1]
+    ]  # fmt: skip
+    with pytest.raises(IndexError):
+        probe.inputs_of(CachePlan(tuple(layers)), 2)
+
+
+def test_output_errors_do_not_depend_on_how_queries_are_split(monkeypatch):
+    model = tiny(torch.float32)
+    plan = CachePlan(tuple(exact_layers(model)), sink_tokens=3, residual_window=6)
+    _, _, seen = next(layer_inputs(model, plan, random_ids(1, 58)))
+    rope = Rope.from_model(model)
+    for which in sensitivity.TENSORS:
+        whole = sensitivity.output_errors(seen, plan, 0, which, CANDIDATES, rope, {})
+        with monkeypatch.context() as patched:
+            patched.setattr(sensitivity, "QUERIES", 5)
+            split = sensitivity.output_errors(seen, plan, 0, which, CANDIDATES, rope, {})
+        assert split == pytest.approx(whole, rel=1e-5, abs=1e-12)
 
 
 def test_measurements_survive_json():
@@ -297,8 +350,8 @@ def test_measurements_survive_json():
     layers = exact_layers(model)
     searched = space(sink_tokens=(0, 4), transform="hadamard", center=True)
     probe = probe_of(model, random_ids(1, 64))
-    ratio = sensitivity.measure_settings(probe, searched, layers, "bfloat16")
-    measured = sensitivity.measure_layers(probe, searched, layers, "bfloat16")
+    ratio = ratios_of(probe, searched, layers)
+    measured = layers_of(probe, searched, layers)
     found = Sensitivity(searched, layers, "bfloat16", measured["error"], measured["kl"], measured["measured"], ratio)
     again = Sensitivity.from_json(json.loads(json.dumps(found.to_json())))
     assert again == found

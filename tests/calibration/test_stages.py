@@ -14,6 +14,7 @@ import torch
 
 from kvcli.calibration import stages as module
 from kvcli.calibration.stages import Stages
+from kvcli.errors import UsageError
 
 PLAIN = {"kl": [0.1, 1 / 3, 1e-300], "names": {"a": None}}
 TENSORS = {"mean": torch.tensor([1.0, float("inf"), 0.1]), "count": torch.tensor([[3]])}
@@ -205,3 +206,101 @@ def test_progress_is_shown_for_work_and_not_for_what_is_resumed(out):
     for _ in range(2):
         run(Stages.beside(out, show=show), Counter(PLAIN), steps=1)
     assert shown == [("measuring", 1), 1, "done"]
+
+
+# --- independent tasks ------------------------------------------------------------------------------------------------
+
+
+def run_tasks(stages: Stages, work: Any, tasks: Any = (0, 1, 2, 3), name: str = "layers", **changed: Any) -> Any:
+    words = {"description": "measuring", "settings": {"tokens": 8}, **changed}
+    return stages.map(name, work, list(tasks), **words)
+
+
+def test_tasks_come_back_in_order_wherever_they_ran(out):
+    def backwards(work: Any, tasks: Any) -> Iterator[tuple[int, Any]]:
+        return ((i, work(tasks[i])) for i in reversed(range(len(tasks))))
+
+    found = run_tasks(Stages.beside(out), lambda x: {"square": x * x / 3}, run=backwards)
+    assert found == [{"square": x * x / 3} for x in range(4)]
+    again = Stages.beside(out)
+    assert run_tasks(again, None) == found
+    assert again.resumed == ["layers"]
+
+
+@pytest.mark.parametrize("killed", range(5))
+def test_no_finished_task_is_repeated(out, killed):
+    done: list[int] = []
+
+    def work(task: int) -> int:
+        if len(done) == killed and not again:
+            raise KeyboardInterrupt
+        done.append(task)
+        return 10 * task
+
+    again = killed == 4
+    if not again:
+        with pytest.raises(KeyboardInterrupt):
+            run_tasks(Stages.beside(out), work)
+    again = True
+    stages = Stages.beside(out)
+    assert run_tasks(stages, work) == [0, 10, 20, 30]
+    assert done == [0, 1, 2, 3]
+    assert stages.resumed == ([f"layers ({killed} of 4)"] if 0 < killed < 4 else [])
+
+
+@pytest.mark.parametrize("cut", [1, 3, 9])
+def test_a_torn_line_costs_one_task(out, cut):
+    run_tasks(Stages.beside(out), lambda x: [x, "é"])
+    (journal,) = (out.parent / ".artifact.stages").iterdir()
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    done: list[int] = []
+    stages = Stages.beside(out)
+    assert run_tasks(stages, lambda x: done.append(x) or [x, "é"]) == [[x, "é"] for x in range(4)]
+    assert done == ([] if cut == 1 else [3])  # the last byte is the newline
+    assert run_tasks(Stages.beside(out), None) == [[x, "é"] for x in range(4)]
+
+
+def test_other_tasks_are_another_stage(out):
+    first = Stages.beside(out)
+    run_tasks(first, lambda x: x)
+    second = Stages.beside(out)
+    run_tasks(second, lambda x: -x, tasks=(0, 1, 2, 4))
+    assert second.resumed == []
+    assert first.record[0]["sha256"] != second.record[0]["sha256"]
+
+
+# --- several at once --------------------------------------------------------------------------------------------------
+
+
+def test_who_finishes_first_leaves_the_folder_to_the_other(out):
+    one, other = Stages.beside(out), Stages.beside(out)
+    run(one, Counter(PLAIN))
+    run(one, Counter(PLAIN), "mine")
+    run(other, Counter(PLAIN), "other")
+    one.discard()
+    again = Stages.beside(out)
+    run(again, Counter(PLAIN), "other")
+    run(again, Counter(PLAIN), "mine")
+    assert again.resumed == ["other"]
+    other.discard()
+    again.discard()
+    assert list(out.parent.iterdir()) == []
+
+
+def test_stages_in_use_are_not_forgotten(out):
+    one = Stages.beside(out)
+    run(one, Counter(PLAIN))
+    with pytest.raises(UsageError, match="another calibration of"):
+        Stages.beside(out, fresh=True)
+    one.release()
+    assert Stages.beside(out, fresh=True).resumed == []
+    assert not (out.parent / ".artifact.stages").exists()
+
+
+def test_a_folder_that_was_forgotten_meanwhile_is_made_again(out):
+    one, other = Stages.beside(out), Stages.beside(out)
+    run(one, Counter(PLAIN))
+    one.discard()
+    run(other, Counter(PLAIN), "other")
+    run_tasks(one, lambda x: x)
+    assert {x.name.split("-")[0] for x in (out.parent / ".artifact.stages").iterdir()} == {"other", "layers"}

@@ -12,7 +12,7 @@ import pytest
 
 from kvcli.calibration.sensitivity import Sensitivity
 from kvcli.calibration.space import SearchSpace, load_recipe
-from kvcli.calibration.surrogate import least_bits, solve
+from kvcli.calibration.surrogate import Frontiers, least_bits, solve, spent
 from kvcli.errors import BudgetError
 from kvcli.plan import LayerPlan
 from kvcli.quant.format import KVFormat
@@ -50,9 +50,10 @@ def test_every_budget_is_met_and_a_larger_one_is_never_worse(model, context):
     found = invented(few.fitting(MODELS[model]), MODELS[model])
     least = least_bits(found, context, nominal=False)
     losses = []
+    frontiers = Frontiers(found, context, bits=8)
     for i in range(40):
         bits = least + i * (8 - least) / 39
-        solutions = solve(found, bits, context)
+        solutions = frontiers.all(bits)
         assert all(s.plan.effective_bits(context) <= bits + 1e-9 for s in solutions)
         assert solutions == sorted(solutions, key=lambda s: s.predicted_kl)
         losses.append(solutions[0].predicted_kl)
@@ -121,3 +122,34 @@ def test_a_setting_that_holds_no_format_is_passed_over():
     found = invented(searched, MODELS["alike"])
     assert {s.plan.block_size for s in solve(found, 8, 4096)} == {32}
     assert least_bits(found, 4096, nominal=False) > 2
+
+
+@pytest.mark.parametrize("nominal", [False, True])
+def test_frontiers_hold_the_plan_of_every_budget(nominal):
+    found = invented(load_recipe("balanced").fitting(MODELS["mixed"]), MODELS["mixed"])
+    frontiers = Frontiers(found, 1000, nominal=nominal, bits=6)
+    for bits in (2.5, 3.25, 4, 5.9):
+        assert frontiers.all(bits) == solve(found, bits, 1000, nominal=nominal)
+        best = frontiers.best(bits)
+        assert best is not None
+        assert spent(best.plan, 1000, nominal=nominal) <= bits
+    assert frontiers.best(0.1) is None
+
+
+DEEP = [LayerPlan(3, 64, EXACT, EXACT)] * 30  # as the standing model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", [2048, 8192])
+def test_forty_budgets_are_met_within_a_tenth_of_a_bit(context):
+    found = invented(load_recipe("balanced").fitting(DEEP), DEEP)
+    least = least_bits(found, context, nominal=False)
+    frontiers = Frontiers(found, context, bits=8)
+    losses = []
+    for i in range(40):
+        bits = least + i * (8 - least) / 39
+        best = frontiers.best(bits)
+        assert best is not None
+        assert bits - 0.1 <= best.plan.effective_bits(context) <= bits
+        losses.append(best.predicted_kl)
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(losses))

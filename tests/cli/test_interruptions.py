@@ -22,10 +22,10 @@ from cli_checks import KVCLI, Run, accepted, names, refused
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
-EVERYTHING = ["moments", "sensitivity", "settings", "verify"]
+EVERYTHING = ["moments", "sensitivity", "settings", "verify", "refine"]
 WRITER = ("kvcli.artifact.writer", "ArtifactWriter")
 MOMENTS = {
-    "while stages run": (("kvcli.calibration.sensitivity", "", "measure_settings"), EVERYTHING[:2]),
+    "while stages run": (("kvcli.calibration.sensitivity", "", "setting_plans"), EVERYTHING[:2]),
     "while the artifact is written": ((*WRITER, "write_json"), EVERYTHING),
     "before it is moved into place": ((*WRITER, "_move"), EVERYTHING),
 }
@@ -49,7 +49,7 @@ def test_an_interrupted_calibration_keeps_its_stages_and_goes_on_from_them(
     assert (done.returncode, done.stderr) == (130, "kvcli: Interrupted; finished stages are kept.\n")
     assert json.loads(done.stdout)["error"]["code"] == 130
     assert names(folder) == [".A.stages"]
-    assert sorted({x.name.rsplit("-", 1)[0] for x in (folder / ".A.stages").iterdir()}) == finished
+    assert sorted({x.name.rsplit("-", 1)[0] for x in (folder / ".A.stages").iterdir()}) == sorted(finished)
     again = warm(*words)
     assert (again.returncode, again.stderr) == (0, f"Resumed: {', '.join(finished)} taken from an earlier run.\n")
     assert names(folder) == ["A"]
