@@ -96,7 +96,7 @@ class Transform(Plugin, Protocol):
     fused
         Names of the weight matrices that absorb the map, empty if none does.
     online
-        Which of ``q``, ``k``, ``v`` and ``o`` are still mapped while the model runs.
+        Which of ``q``, ``k``, ``v``, ``o`` and ``down`` (down's input) are still mapped while the model runs.
     """
 
     shard: Shard

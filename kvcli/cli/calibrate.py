@@ -13,7 +13,7 @@ from kvcli.cli.options import JsonFlag, SeedOption, ThreadsOption, TrustRemoteCo
 from kvcli.cli.shared import plan_summary, show_plan
 from kvcli.errors import UsageError
 
-WINDOW = 1024  # longest calibration window
+WINDOW = 2048  # longest calibration window
 
 
 def calibrate(
@@ -42,7 +42,7 @@ def calibrate(
             help="Calibration text: builtin[:NAME], a .txt or .jsonl file, - (stdin), self or hub:NAME; commas mix.",
         ),
     ] = "builtin",
-    tokens: Annotated[int, option("--tokens", min=2, help="Tokens of calibration text.")] = 6144,
+    tokens: Annotated[int, option("--tokens", min=2, help="Tokens of calibration text.")] = 8192,
     recipe: Annotated[
         str,
         option(
