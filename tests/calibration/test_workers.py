@@ -295,7 +295,7 @@ def test_a_calibration_that_is_stopped_takes_its_cluster_along(clean_env, tinyst
     before, folders = set(psutil.pids()), set(Path(tempfile.gettempdir()).glob("kvray-*"))
     run = [sys.executable, "-m", "kvcli", "calibrate", tinystories, *CALIBRATE, "-o", tmp_path / "out"]
     process = subprocess.Popen(
-        [*map(str, run), "--ray", "auto", "--workers", "2"],
+        [*map(str, run), "--ray", "auto", "--workers", "2", "--tokens", "100000"],  # more than it gets to read
         env=clean_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
