@@ -17,7 +17,7 @@ from kvcli.models.loading import LoadedModel
 from kvcli.plan import CachePlan, LayerPlan
 
 PROBE_TOKENS = 384  # per window when layers are compared; settings are measured on whole windows
-PROBE_WINDOWS = 2
+PROBE_WINDOWS = 4
 # Plans are compared on a whole window that no layer was measured on. Shorter ones would flatter the residual window: it
 # covers a larger share of them (on the standing model two windows of 512 chose a plan that was worse by 40 % at 2048).
 CHECK_WINDOWS = 1

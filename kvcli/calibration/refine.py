@@ -48,10 +48,7 @@ class Tilt:
     power: float = 1.0
 
 
-TILTS = (
-    Tilt(power=0.8), Tilt(keys=1.4), Tilt(keys=0.7), Tilt(low=1.4), Tilt(low=0.7),
-    Tilt(power=0.8, keys=1.4), Tilt(power=0.8, low=1.4), Tilt(power=1.25),
-)  # fmt: skip
+TILTS = (Tilt(power=0.8), Tilt(keys=1.4), Tilt(keys=0.7), Tilt(low=1.4))
 
 
 def tilted(found: Sensitivity, tilt: Tilt) -> Sensitivity:

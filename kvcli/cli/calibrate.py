@@ -13,7 +13,7 @@ from kvcli.cli.options import JsonFlag, SeedOption, ThreadsOption, TrustRemoteCo
 from kvcli.cli.shared import plan_summary, show_plan
 from kvcli.errors import UsageError
 
-WINDOW = 2048  # longest calibration window
+WINDOW = 1024  # longest calibration window
 
 
 def calibrate(

@@ -277,7 +277,7 @@ def test_another_budget_measures_only_what_depends_on_it(loaded, corpus, found, 
 def test_the_plan_meets_the_budget_and_is_the_best_of_those_tried(found):
     assert found.plan.effective_bits(512) <= 5
     tried = found.report["verified"]
-    assert refine.LEADING < len(tried) <= 12
+    assert refine.LEADING < len(tried) <= 8
     best = tried[found.report["chosen"]]
     leading = tried[: refine.LEADING]
     assert best["kl"] <= min(x["kl"] for x in leading)

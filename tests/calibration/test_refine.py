@@ -88,8 +88,8 @@ def test_tilting_keeps_the_order_of_formats_of_one_width(tilt):
     assert tilted(found, Tilt()).kl == found.kl
 
 
-def test_no_more_than_twelve_plans_are_measured():
-    assert refine.LEADING + len(TILTS) <= 12
+def test_no_more_than_eight_plans_are_measured():
+    assert refine.LEADING + len(TILTS) <= 8
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
