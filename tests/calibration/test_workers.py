@@ -107,6 +107,29 @@ def count(seen: list[int], task: int) -> int:
     return len(seen)
 
 
+# First, while no other cluster runs here that `auto` would join.
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_calibration_that_is_stopped_takes_its_cluster_along(clean_env, tinystories, tmp_path, how):
+    before, folders = set(psutil.pids()), set(Path(tempfile.gettempdir()).glob("kvray-*"))
+    run = [sys.executable, "-m", "kvcli", "calibrate", tinystories, *CALIBRATE, "-o", tmp_path / "out"]
+    process = subprocess.Popen(
+        [*map(str, run), "--ray", "auto", "--workers", "2", "--tokens", "100000"],  # more than it gets to read
+        env=clean_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait(lambda: process.poll() is not None or any(x.startswith("ray::Worker") for x in titles(process.pid)))
+        process.send_signal(how)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (130, "")
+    assert err == "kvcli: Interrupted; finished stages are kept.\n"
+    assert {x.name for x in tmp_path.iterdir()} <= {".out.stages"}
+    assert set(Path(tempfile.gettempdir()).glob("kvray-*")) == folders
+    gone(before)
+
+
 @pytest.mark.slow
 def test_a_task_sees_the_workers_own_model_and_what_the_function_holds(pool, loaded):
     more = {"ids": torch.arange(3)}
@@ -286,28 +309,6 @@ def test_two_ray_workers_give_the_same_artifact_as_one_process(run_kvcli, tinyst
     for name in ("report.json", "kv.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert sorted(x.name for x in tmp_path.iterdir()) == ["one", "two"]
-    gone(before)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_calibration_that_is_stopped_takes_its_cluster_along(clean_env, tinystories, tmp_path, how):
-    before, folders = set(psutil.pids()), set(Path(tempfile.gettempdir()).glob("kvray-*"))
-    run = [sys.executable, "-m", "kvcli", "calibrate", tinystories, *CALIBRATE, "-o", tmp_path / "out"]
-    process = subprocess.Popen(
-        [*map(str, run), "--ray", "auto", "--workers", "2", "--tokens", "100000"],  # more than it gets to read
-        env=clean_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        wait(lambda: process.poll() is not None or any(x.startswith("ray::Worker") for x in titles(process.pid)))
-        process.send_signal(how)
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert (process.returncode, out) == (130, "")
-    assert err == "kvcli: Interrupted; finished stages are kept.\n"
-    assert {x.name for x in tmp_path.iterdir()} <= {".out.stages"}
-    assert set(Path(tempfile.gettempdir()).glob("kvray-*")) == folders
     gone(before)
 
 
