@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import kvcli
-from kvcli.artifact.reader import INDEX, WEIGHTS, Artifact, Progress, is_artifact, open_artifact, sha256_of
+from kvcli.artifact.reader import Artifact, Progress, is_artifact, open_artifact, sha256_of
 from kvcli.artifact.schema import MANIFEST, SCHEMA_VERSION
 from kvcli.artifact.tensors import TENSORS
 from kvcli.errors import InputError, KvcliError, UsageError
@@ -140,11 +140,6 @@ class ArtifactWriter:
         state = _own_memory(weights)
         self._reserve(sum(get_torch_storage_size(tensor) for tensor in state.values()))
         save_torch_state_dict(state, self.path, max_shard_size=MAX_SHARD_BYTES)
-
-    def link_weights(self, source: Artifact) -> None:
-        """Take the weight files of another artifact, as :meth:`link` does."""
-        self.link(source, WEIGHTS)
-        self.link(source, INDEX)
 
     def link(self, source: Artifact, pattern: str) -> None:
         """Take the files of another artifact whose names match.

@@ -89,7 +89,10 @@ def search(
     errors = RelativeErrors.from_json(stages.run(
         "errors", lambda step: measure(work.probe(first), space, geometry, setting, dtype, step).to_json(),
         description="relative errors of each layer", inputs=inputs, steps=len(geometry) * len(first),
-        settings={**work.source, "space": space.to_json(), "setting": vars(setting)},
+        settings={
+            **work.source, "space": space.to_json(), "setting": vars(setting), "windows": len(first),
+            "tokens": first.shape[1],
+        },
     ))  # fmt: skip
     groups = kvtuner.group(errors, space, geometry)
     check = check_probe(work.loaded, ids, work.tensors)

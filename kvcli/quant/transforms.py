@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -36,12 +34,6 @@ def hadamard(x: Tensor) -> Tensor:
         stride *= 2
     rotated: Tensor = y.view(size, -1) * float(block) ** -0.5
     return rotated.t().reshape(x.shape)
-
-
-@cache
-def hadamard_matrix(size: int) -> Tensor:
-    """Return the matrix that :func:`hadamard` multiplies by: [size, size] float32, symmetric and orthogonal."""
-    return hadamard(torch.eye(size))
 
 
 def apply(name: str, x: Tensor) -> Tensor:

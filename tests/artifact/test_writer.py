@@ -348,7 +348,7 @@ def test_linked_weights_share_one_inode(
     path = write(
         tmp_path / "solved",
         manifest,
-        lambda writer: writer.link_weights(source),
+        lambda writer: writer.link(source, "model*"),
         lambda writer: writer.link(source, "config.json"),
         lambda writer: writer.write_tensors(kv),
     )
@@ -393,5 +393,5 @@ def test_a_copy_that_does_not_fit(artifact: Path, small_disk: Path, manifest: Ma
     source = open_artifact(artifact)
     (small_disk / "ballast").write_bytes(bytes(1_000_000))
     with pytest.raises(KvcliError, match="MB more, and its disk has"):
-        write(small_disk / "out", manifest, lambda writer: writer.link_weights(source))
+        write(small_disk / "out", manifest, lambda writer: writer.link(source, "model*"))
     assert os.listdir(small_disk) == ["ballast"]

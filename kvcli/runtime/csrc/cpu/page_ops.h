@@ -1,4 +1,5 @@
-// What one instruction set provides: the inner loops over a run of pages of one kv head, and over rows of exact values.
+// What one instruction set provides: the inner loops over a run of pages of one kv head, over rows of exact values, and
+// over tiles of int4 weights.
 //
 // The driver (attend.cpp, append.cpp, expand.cpp) is the same for all instruction sets; it calls these through a table.
 // Everything is float32 inside. A "slice" is the head's part of a page (kv_layout.h). A run is consecutive pages of at
