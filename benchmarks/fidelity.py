@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,12 @@ def main() -> None:
     parser.add_argument("--limit", default="4", help="windows")
     parser.add_argument("--calibration", default="builtin", help="calibration text")
     parser.add_argument("--recipe", default="balanced")
+    parser.add_argument("--keep", help="folder to keep the artifacts in: base and one per budget")
     parser.add_argument("--out", default="benchmarks/results/fidelity.json")
     args = parser.parse_args()
     budgets = args.bits.split(",")
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         base = str(Path(folder) / "base")
         kvcli(

@@ -16,11 +16,12 @@ from kvcli.calibration.stages import Run, Stages
 from kvcli.models.loading import LoadedModel
 from kvcli.plan import CachePlan, LayerPlan
 
-PROBE_TOKENS = 384  # per window when layers are compared; settings are measured on whole windows
-PROBE_WINDOWS = 4
-# Plans are compared on a whole window that no layer was measured on. Shorter ones would flatter the residual window: it
-# covers a larger share of them (on the standing model two windows of 512 chose a plan that was worse by 40 % at 2048).
-CHECK_WINDOWS = 1
+# What a layer costs differs more from one text to the next than within one: many short windows rather than a few long.
+PROBE_TOKENS = 256
+PROBE_WINDOWS = 6
+# Settings and plans are compared on whole windows that no layer was measured on. Short ones would flatter the residual
+# window, which covers a larger share of them, and a single one may be of a kind of text that attends to little else.
+CHECK_WINDOWS = 2
 SPREAD = 0.25  # of the true ratio from 1, over models and texts
 
 
@@ -63,12 +64,12 @@ class Measuring:
             list(range(len(self.geometry))), description="sensitivity of each layer", inputs=inputs, run=self.run,
             settings={**shared, "windows": PROBE_WINDOWS, "tokens": PROBE_TOKENS},
         )  # fmt: skip
-        other = ids[PROBE_WINDOWS % len(ids)][None]
         plans = sensitivity.setting_plans(space, self.geometry, dtype)
+        check = check_probe(self.loaded, ids, self.tensors)
         measured = self.stages.map(
-            "settings", partial(sensitivity.measure_plan, self.probe(other)), [x.to_json() for x in plans.values()],
+            "settings", partial(sensitivity.measure_plan, check), [x.to_json() for x in plans.values()],
             description="sinks, window and page size", inputs=inputs, run=self.run,
-            settings={**shared, "tokens": ids.shape[1]},
+            settings={**shared, "windows": CHECK_WINDOWS, "tokens": ids.shape[1]},
         )  # fmt: skip
         ratio = sensitivity.setting_ratios(space, {s: x["kl"] for s, x in zip(plans, measured, strict=True)})
         found = sensitivity.layer_costs(space, layers)
@@ -87,9 +88,8 @@ class Measuring:
 
 
 def check_probe(loaded: LoadedModel, ids: Tensor, tensors: Mapping[str, Tensor]) -> Probe:
-    """Return the probe on which whole plans are compared: a window that no layer was measured on, if there is one."""
-    first = PROBE_WINDOWS + 1
-    rows = [(first + i) % len(ids) for i in range(min(CHECK_WINDOWS, len(ids)))]
+    """Return the probe on which whole plans are compared: windows that no layer was measured on, if there are any."""
+    rows = [(PROBE_WINDOWS + i) % len(ids) for i in range(min(CHECK_WINDOWS, len(ids)))]
     return Probe(loaded.model, ids[rows], loaded.rope, tensors)
 
 
