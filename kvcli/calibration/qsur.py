@@ -146,7 +146,7 @@ def chi2_quantile(alpha: float, d: int) -> float:
 
 @torch.no_grad()
 def kv_moments(
-    model: PreTrainedModel, plan: CachePlan, batches: Iterable[Tensor], *, before: Rope | None = None
+    model: PreTrainedModel, plan: CachePlan, batches: Iterable[Tensor], *, before: Rope | None = None, skip: int = 0
 ) -> list[dict[Which, Moments]]:
     """Return the moments of every layer's keys and values on [batch, tokens] ids, each window from position 0.
 
@@ -156,6 +156,8 @@ def kv_moments(
         Only its layers' geometry is meant.
     before
         The model's rotary embedding, for keys as they are before RoPE; otherwise they are taken after it.
+    skip
+        First tokens of each window to leave out, such as exact sinks.
     """
     moments: list[dict[Which, Moments]] = [
         {which: Moments.empty(x.num_kv_heads, x.head_dim) for which in _KV} for x in plan.layers
@@ -165,8 +167,8 @@ def kv_moments(
             key = seen.key
             if before is not None:
                 key = before.unrotate(key, torch.arange(key.shape[-2], device=key.device))
-            moments[i]["k"].add(key)
-            moments[i]["v"].add(seen.value)
+            moments[i]["k"].add(key[..., skip:, :])
+            moments[i]["v"].add(seen.value[..., skip:, :])
     return moments
 
 

@@ -1,0 +1,83 @@
+"""``kvcli calibrate --recipe faithful`` and ``kvcli eval --simulate-activations`` as their user meets them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
+
+from cli_checks import CORPUS, Done, accepted, refused
+
+RECIPE = """
+search:
+  transform: hadamard
+  center: true
+  k: [{bits: [3, 4], group: 16, grid: gaussian, scale_dtype: e5m3}]
+  v: [{bits: [3, 4], group: 16, grid: gaussian, scale_dtype: e5m3}]
+  sink_tokens: [4]
+learn:
+  format: {bits: 2, group: 16, grid: gaussian, scale_dtype: e5m3}
+  windows: 6
+  tokens: 64
+  held_out: 2
+  steps: 2
+  check_every: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("transforms")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "text.txt").write_text(CORPUS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(folder: Path, tinystories: Path, run_kvcli: Callable[..., Done]) -> Path:
+    done = run_kvcli(
+        "calibrate", tinystories, "--bits", 4.5, "--context", 512, "--recipe", "tiny.yaml", "--tokens", 512,
+        "--dtype", "float32", "--json", "-o", "out", cwd=folder,
+    )  # fmt: skip
+    assert json.loads(accepted(done))["effective_bits"] <= 4.5
+    return folder / "out"
+
+
+def test_a_recipe_that_learns_leaves_an_ordinary_artifact(artifact: Path, run_kvcli: Callable[..., Done]) -> None:
+    report = json.loads((artifact / "report.json").read_text())["transforms"]
+    assert len(report["curve"]) == 2
+    assert report["settings"]["maps"] == ["r_ov", "s_qk", "s_ov"]
+    assert report["logit_difference"] < 1e-4
+    assert len(report["qsur"]["after"]) == 2
+    manifest = json.loads((artifact / "kvcli.json").read_text())
+    assert [x["name"] for x in manifest["stages"]][:3] == ["spread", "importance", "transforms"]
+    assert "moments" not in [x["name"] for x in manifest["stages"]]
+    assert not list(artifact.parent.glob(".out.stages"))
+    done = run_kvcli("generate", artifact, "Once upon a time", "--max-tokens", 4)
+    assert accepted(done).strip()
+
+
+def test_simulated_activations_cost_and_say_so(artifact: Path, folder: Path, run_kvcli: Callable[..., Done]) -> None:
+    words = ("eval", artifact, "--data", folder / "text.txt", "--window", 64, "--limit", 2, "--json")
+    plain = json.loads(run_kvcli(*words).stdout)
+    rough = json.loads(run_kvcli(*words, "--simulate-activations", 4, "--rotate-down").stdout)
+    assert rough["simulated_activations"] == {"bits": 4, "rotate_down": True}
+    assert "simulated_activations" not in plain
+    assert rough["kl"]["mean"] > 1.5 * plain["kl"]["mean"]
+    assert rough["ppl"]["reference"] == pytest.approx(plain["ppl"]["reference"])
+
+
+def test_options_that_contradict_one_another_are_refused(
+    artifact: Path, tinystories: Path, folder: Path, run_kvcli: Callable[..., Done]
+) -> None:
+    refused(run_kvcli("eval", artifact, "--rotate-down"), 2, "--simulate-activations")
+    learn = ("calibrate", tinystories, "--bits", 5, "--recipe", "faithful", "-o", "x")
+    refused(run_kvcli(*learn, "--device-map", "auto", cwd=folder), 2, "--transforms none")
+    preset = ("calibrate", tinystories, "--recipe", "kvtuner:x.yaml", "--transforms", "learned", "-o", "x")
+    (folder / "x.yaml").write_text("0: {nbits_key: 4, nbits_value: 2}\n1: {nbits_key: 4, nbits_value: 2}\n")
+    refused(run_kvcli(*preset, cwd=folder), 2, "--transforms learned is for recipes")
