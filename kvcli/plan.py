@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from kvcli.errors import InputError
 from kvcli.quant.format import KVFormat
 from kvcli.quant.layout import PageLayout
+from kvcli.quant.prediction import Predictor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 BLOCK_SIZES = (16, 32, 64, 128)
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 TRANSFORMS = ("none", "hadamard")
+DTYPE_BYTES = {"F32": 4, "F16": 2, "U8": 1}
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ class LayerPlan:
         Tensors on the channel axis are left alone: a rotation would mix what their scales keep apart.
     center
         Whether a calibrated mean (``layer.{i}.k.mean``, ``layer.{i}.v.mean``: [num_kv_heads, head_dim], the keys'
-        before RoPE) is taken off first.
-    predictor, anchor
-        Name of the predictor whose residual is stored, and the layer it predicts from; none yet in the core.
+        before RoPE) is taken off first; of a predicted tensor the prediction is, which has a bias.
+    predictor
+        From what keys and values are predicted, where only the residual is stored; None where neither is.
     """
 
     num_kv_heads: int
@@ -53,8 +56,7 @@ class LayerPlan:
     rope: Literal["before", "after"] = "after"
     transform: str = "none"
     center: bool = False
-    predictor: str | None = None
-    anchor: int | None = None
+    predictor: Predictor | None = None
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.head_dim < 1:
@@ -69,6 +71,11 @@ class LayerPlan:
             raise InputError(f"rope {self.rope!r} is neither 'before' nor 'after'.")
         if self.transform not in TRANSFORMS:
             raise InputError(f"transform {self.transform!r} is not one of {TRANSFORMS}.")
+        for which, fmt in (("k", self.k), ("v", self.v)):
+            if fmt.is_exact and self.predicts(which):
+                raise InputError(
+                    f"{which} is stored in {fmt.bits} bits, and predicted: nothing would be left to store."
+                )
 
     @property
     def is_exact(self) -> bool:
@@ -81,9 +88,18 @@ class LayerPlan:
         return self.k.is_token_wise and self.v.is_token_wise
 
     @property
+    def width(self) -> int:
+        """Channels of the keys, and of the values, of all heads."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
     def scalars_per_token(self) -> int:
         """Cached scalars one token costs in this layer."""
-        return 2 * self.num_kv_heads * self.head_dim
+        return 2 * self.width
+
+    def predicts(self, which: str) -> bool:
+        """Whether the keys (``k``) or the values (``v``) are stored as what a predictor leaves over."""
+        return self.predictor is not None and self.predictor.of(which) is not None
 
     def with_format(self, which: Literal["k", "v"], fmt: KVFormat) -> LayerPlan:
         """Return the layer with another format for its keys or its values."""
@@ -103,13 +119,16 @@ class LayerPlan:
             "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim,
             "k": self.k.to_json(), "v": self.v.to_json(), "kind": self.kind, "window": self.window,
             "rope": self.rope, "transform": self.transform, "center": self.center,
-            "predictor": self.predictor, "anchor": self.anchor,
+            "predictor": None if self.predictor is None else self.predictor.to_json(),
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, obj: dict[str, Any]) -> LayerPlan:
         """Rebuild a layer from :meth:`to_json`."""
-        return cls(**{**obj, "k": KVFormat.from_json(obj["k"]), "v": KVFormat.from_json(obj["v"])})
+        fields = {name: x for name, x in obj.items() if name != "anchor"}  # which plans stated, as null, at first
+        predictor = None if obj.get("predictor") is None else Predictor.from_json(obj["predictor"])
+        stored = {"k": KVFormat.from_json(obj["k"]), "v": KVFormat.from_json(obj["v"]), "predictor": predictor}
+        return cls(**{**fields, **stored})
 
 
 @dataclass(frozen=True)
@@ -145,8 +164,21 @@ class CachePlan:
             raise InputError("sink_tokens and residual_window cannot be negative.")
         if self.dtype not in COMPUTE_DTYPES:
             raise InputError(f"compute dtype {self.dtype!r} is not one of {COMPUTE_DTYPES}.")
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             layer.layout(self.block_size)
+            self._check_predictor(i)
+
+    def _check_predictor(self, index: int) -> None:
+        """Whatever a layer is predicted from must hold the same slots, packed, whenever it is read."""
+        layer = self.layers[index]
+        if layer.predictor is None:
+            return
+        layer.predictor.check(index)
+        for x in (self.layers[source.layer] for source in layer.predictor.sources()):
+            if (x.kind, x.window) != (layer.kind, layer.window):
+                raise InputError(f"layer {index} is predicted from a layer of another kind or window.")
+        if self.is_portable(index) and not all(self.is_portable(x.layer) for x in layer.predictor.sources()):
+            raise InputError(f"layer {index} packs tokens before the layers it is predicted from do.")
 
     # --- geometry -----------------------------------------------------------------------------------------------
 
@@ -238,9 +270,23 @@ class CachePlan:
         """Mean over layers of (K bits + V bits) / 2: what papers quote. Leaves out everything but the codes."""
         return sum(x.k.bits + x.v.bits for x in self.layers) / (2 * len(self.layers))
 
+    def model_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return name, dtype (as safetensors spells it) and shape of what is stored per model: predictors and means."""
+        out: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for i, layer in enumerate(self.layers):
+            for which in ("k", "v"):
+                linear = None if layer.predictor is None else layer.predictor.of(which)
+                if linear is not None:
+                    inputs = sum(self.layers[x.layer].width for x in linear.inputs)
+                    for name, spec in linear.stored(layer.width, inputs).items():
+                        out[f"layer.{i}.{which}.predictor.{name}"] = spec
+                if layer.center:
+                    out[f"layer.{i}.{which}.mean"] = ("F32", (layer.num_kv_heads, layer.head_dim))
+        return out
+
     def model_bytes(self) -> int:
-        """Bytes of what is stored per model, not per sequence: here the means, in float32."""
-        return sum(x.scalars_per_token * 4 for x in self.layers if x.center)
+        """Bytes of what is stored per model, not per sequence: predictors and means."""
+        return sum(DTYPE_BYTES[dtype] * prod(shape) for dtype, shape in self.model_tensors().values())
 
     def effective_bits_with_model(self, context: int) -> float:
         """Effective bits with the per-model tensors spread over one sequence of ``context`` tokens."""
@@ -252,8 +298,7 @@ class CachePlan:
         """Return the 16-bit plan of the same model: the reference every loss is measured against."""
         fmt = KVFormat.exact()
         plain = tuple(
-            replace(x, k=fmt, v=fmt, rope="after", transform="none", center=False, predictor=None, anchor=None)
-            for x in self.layers
+            replace(x, k=fmt, v=fmt, rope="after", transform="none", center=False, predictor=None) for x in self.layers
         )
         return CachePlan(plain, block_size=self.block_size, dtype=self.dtype)
 

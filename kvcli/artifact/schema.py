@@ -15,7 +15,7 @@ from jsonschema.validators import extend
 
 from kvcli.errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "kvcli.json"
 
 _Schema = dict[str, Any]
@@ -60,6 +60,10 @@ _FORMAT = _object(
     optional=("axis", "group", "symmetric", "grid", "scale_dtype"),  # an exact format states its bits alone
 )
 
+_LINEAR = _object(
+    {"inputs": _array(_NAME, most=64, least=1), "bits": _integer(1, 32), "rank": _nullable(_integer(1, 2**20))}
+)
+
 _LAYER = _object(
     {
         "num_kv_heads": _integer(1, 4096),
@@ -71,9 +75,10 @@ _LAYER = _object(
         "rope": {"enum": ["before", "after"]},
         "transform": _NAME,
         "center": _BOOLEAN,
-        "predictor": _nullable(_NAME),
-        "anchor": _nullable(_integer(0, 4095)),
-    }
+        "predictor": _nullable(_object({"k": _nullable(_LINEAR), "v": _nullable(_LINEAR)})),
+        "anchor": {"type": "null"},
+    },
+    optional=("anchor",),  # stated by artifacts of the first versions
 )
 
 _PLAN = _object(
@@ -91,7 +96,7 @@ SCHEMA: _Schema = {
     "title": "kvcli.json",
     **_object(
         {
-            "schema_version": {"type": "integer", "enum": [SCHEMA_VERSION]},
+            "schema_version": {"type": "integer", "enum": list(range(1, SCHEMA_VERSION + 1))},
             "kvcli_version": _NAME,
             "plan": _PLAN,
             "context": _integer(1, 10**9),

@@ -21,12 +21,7 @@ Spec = tuple[str, tuple[int, ...]]  # the dtype as safetensors spells it, and th
 
 def expected_tensors(plan: CachePlan) -> dict[str, Spec]:
     """Return name, dtype and shape of every tensor the plan needs beside the model's weights."""
-    return {
-        f"layer.{i}.{which}.mean": ("F32", (layer.num_kv_heads, layer.head_dim))
-        for i, layer in enumerate(plan.layers)
-        if layer.center
-        for which in ("k", "v")
-    }
+    return plan.model_tensors()
 
 
 def read_header(path: Path) -> dict[str, Spec]:
@@ -81,7 +76,7 @@ def read(path: Path, plan: CachePlan) -> dict[str, Tensor]:
 
     tensors = load_file(path)
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{path}: {name} holds a value that is not finite.")
     return tensors
 

@@ -54,6 +54,8 @@ class PackedCache(Cache):
             PackedLayer(plan, i, batch_size=batch_size, capacity=capacity, rope=rope, tensors=tensors, device=device)
             for i in range(len(plan.layers))
         ]
+        for store in stores:
+            store.connect(stores)
         super().__init__(layers=[StoredLayer(store) for store in stores])
 
     @property

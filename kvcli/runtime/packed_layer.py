@@ -2,29 +2,34 @@
 
 Geometry and visibility are those of :class:`kvcli.plan.CachePlan`: page i holds slots i*B … (i+1)*B - 1, a query that
 makes the sequence n tokens long reads slots below ``boundary(n)`` from pages and the rest, and the sinks, exactly.
-No decoded copy is kept: :meth:`PackedLayer.read` decodes anew at every call.
+No decoded copy is kept: :meth:`PackedLayer.read` decodes anew at every call, and what later layers are predicted from
+lives until the last of them has read it, within one pass of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from kvcli.errors import InputError
+from kvcli.errors import InputError, KvcliError
 from kvcli.models.architectures import Rope
 from kvcli.plan import CachePlan
 from kvcli.quant import transforms
 from kvcli.quant.format import KVFormat
+from kvcli.quant.linear_maps import LinearMap, restore
 from kvcli.quant.quantizer import from_bytes, to_bytes
 
 N = TypeVar("N", int, Tensor)
 
 
 class Codec:
-    """Turns exact keys and values of one layer into what pages store, and back: mean, RoPE, transform, codes.
+    """Turns exact keys and values of one layer into what pages store, and back.
+
+    In between lie the mean or the prediction, RoPE, the transform and the codes.
 
     Parameters
     ----------
@@ -33,68 +38,114 @@ class Codec:
     rope
         The model's rotary embedding; needed where keys are stored before it or have their mean taken off.
     tensors
-        ``layer.{i}.k.mean`` and ``layer.{i}.v.mean`` ([num_kv_heads, head_dim]) for centred layers.
+        ``layer.{i}.k.mean`` and ``layer.{i}.v.mean`` ([num_kv_heads, head_dim]) for centred layers, and
+        ``layer.{i}.{k|v}.predictor.…`` for predicted tensors.
+
+    Attributes
+    ----------
+    maps
+        The predictors of ``k`` and ``v``, where there are any.
     """
 
     def __init__(self, plan: CachePlan, index: int, rope: Rope | None, tensors: Mapping[str, Tensor]) -> None:
         self.plan = plan.layers[index]
-        if self.plan.predictor is not None:
-            raise InputError(f"layer {index} needs predictor {self.plan.predictor!r}, which this cache does not have.")
         self.exact_dtype: torch.dtype = getattr(torch, plan.exact_dtype)
         self.page_dtype: torch.dtype = getattr(torch, plan.page_dtype)
         self.rope = rope
         self.means: dict[str, Tensor] = {}
-        if self.plan.center:
-            for name in ("k", "v"):
+        self.maps: dict[str, LinearMap] = {}
+        for name in ("k", "v"):
+            linear = None if self.plan.predictor is None else self.plan.predictor.of(name)
+            if linear is not None:
+                shape = (self.plan.width, sum(plan.layers[x.layer].width for x in linear.inputs))
+                self.maps[name] = restore(linear, tensors, f"layer.{index}.{name}.predictor.", shape)
+            elif self.plan.center:  # a predictor has a bias in the mean's place
                 key = f"layer.{index}.{name}.mean"
                 if key not in tensors:
                     raise InputError(f"tensor {key} is missing, and layer {index} is centred.")
                 self.means[name] = tensors[key].to(torch.float32).unsqueeze(-2)
-        if rope is None and (self.plan.rope == "before" or self.plan.center):
+        if rope is None and (self.plan.rope == "before" or self.plan.center or self.plan.predictor is not None):
             raise InputError(f"layer {index} stores keys that need the model's rotary embedding, and none was given.")
 
-    def encode(self, which: str, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(
+        self, which: str, x: Tensor, positions: Tensor, predicted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Encode keys after RoPE or values, [..., num_kv_heads, tokens, head_dim], into section bytes.
 
-        ``positions`` is [tokens]. Returns codes, scales and zeros, each [..., num_kv_heads, bytes] uint8.
+        ``positions`` is [tokens]; ``predicted``, of a tensor that has a predictor, is shaped like ``x``, keys before
+        RoPE. Returns codes, scales and zeros, each [..., num_kv_heads, bytes] uint8.
         """
         fmt: KVFormat = getattr(self.plan, which)
         if not fmt.is_exact:
             x = x.to(torch.float32)
-            x = self._to_stored(which, x, positions)
+            x = self._to_stored(which, x, positions, self._offset(which, predicted))
             x = transforms.apply(self._transform(fmt), x)
         return to_bytes(x, fmt, self.page_dtype)
 
-    def decode(self, which: str, sections: tuple[Tensor, Tensor, Tensor], positions: Tensor) -> Tensor:
+    def decode(
+        self, which: str, sections: tuple[Tensor, Tensor, Tensor], positions: Tensor, predicted: Tensor | None = None
+    ) -> Tensor:
         """Undo :meth:`encode`: [..., num_kv_heads, tokens, head_dim], float32, or the exact dtype if exact."""
         fmt: KVFormat = getattr(self.plan, which)
         x = from_bytes(*sections, fmt, self.page_dtype, self.plan.head_dim)
         if fmt.is_exact:
             return x
         x = transforms.invert(self._transform(fmt), x)
-        return self._from_stored(which, x, positions)
+        return self._from_stored(which, x, positions, self._offset(which, predicted))
+
+    def before_rope(self, k: Tensor, positions: Tensor) -> Tensor:
+        """Return keys as predictors see them, float32."""
+        assert self.rope is not None, "layers that predict or are predicted have the rotary embedding"
+        return self.rope.unrotate(k.to(torch.float32), positions)
+
+    def _offset(self, which: str, predicted: Tensor | None) -> Tensor | None:
+        """Return what is taken off before a tensor is quantised: its prediction, or its mean."""
+        if (predicted is None) == (which in self.maps):
+            raise KvcliError(f"{which} was given {'no' if predicted is None else 'a'} prediction.")
+        return self.means.get(which) if predicted is None else predicted
 
     def _transform(self, fmt: KVFormat) -> str:
         # a rotation would mix the channels that a channel-axis format keeps apart
         return self.plan.transform if fmt.axis == "token" else "none"
 
-    def _to_stored(self, which: str, x: Tensor, positions: Tensor) -> Tensor:
-        mean = self.means.get(which)
+    def _to_stored(self, which: str, x: Tensor, positions: Tensor, offset: Tensor | None) -> Tensor:
         if which == "k" and self.rope is not None:
             if self.plan.rope == "before":
                 x = self.rope.unrotate(x, positions)
-            elif mean is not None:
-                mean = self.rope.rotate(mean.expand(-1, len(positions), -1), positions)
-        return x if mean is None else x - mean
+            elif offset is not None:
+                offset = self._rotated(self.rope, offset, positions)
+        return x if offset is None else x - offset
 
-    def _from_stored(self, which: str, x: Tensor, positions: Tensor) -> Tensor:
-        mean = self.means.get(which)
+    def _from_stored(self, which: str, x: Tensor, positions: Tensor, offset: Tensor | None) -> Tensor:
         if which == "k" and self.rope is not None:
             if self.plan.rope == "before":
-                return self.rope.rotate(x if mean is None else x + mean, positions)
-            if mean is not None:
-                mean = self.rope.rotate(mean.expand(-1, len(positions), -1), positions)
-        return x if mean is None else x + mean
+                return self.rope.rotate(x if offset is None else x + offset, positions)
+            if offset is not None:
+                offset = self._rotated(self.rope, offset, positions)
+        return x if offset is None else x + offset
+
+    @staticmethod
+    def _rotated(rope: Rope, offset: Tensor, positions: Tensor) -> Tensor:
+        return rope.rotate(offset.expand(*offset.shape[:-2], len(positions), -1), positions)
+
+
+class Rebuilt(NamedTuple):
+    """What a layer decoded in the present pass, for layers that are predicted from it.
+
+    Attributes
+    ----------
+    length
+        Tokens the sequence had.
+    first
+        Slot of the first token.
+    k, v
+        [tokens, width] float32, all heads side by side, keys before RoPE.
+    """
+
+    length: int
+    first: int
+    k: Tensor
+    v: Tensor
 
 
 class PackedLayer:
@@ -135,8 +186,18 @@ class PackedLayer:
         self.tail = torch.zeros(2, batch_size, heads, plan.tail(index), dim, dtype=exact, device=device)
         self.sinks = torch.zeros(2, batch_size, heads, plan.sinks(index), dim, dtype=exact, device=device)
         self.lengths = [0] * batch_size
+        self._sources: dict[int, PackedLayer] = {}
+        self._last_reader = -1
+        self._rebuilt: dict[int, Rebuilt] = {}
         self.block_tables: list[list[int]] = [[] for _ in range(batch_size)]
         self._free = list(range(pool - 1, -1, -1))
+
+    def connect(self, layers: Sequence[PackedLayer]) -> None:
+        """Let the layer read those it is predicted from: ``layers`` are all of the cache, in order."""
+        for x in self.plan.predictor.sources() if self.plan.predictor is not None else ():
+            if x.layer != self.index:
+                self._sources[x.layer] = source = layers[x.layer]
+                source._last_reader = max(source._last_reader, self.index)
 
     @property
     def nbytes(self) -> int:
@@ -175,7 +236,13 @@ class PackedLayer:
         self.lengths[row] = n
 
     def release(self, row: int) -> None:
-        """Give back pages that no later query of the sequence can see: those behind a sliding window."""
+        """Give back what no later query of the sequence can see: pages behind a sliding window.
+
+        What was decoded for the layers that are predicted from others goes once the last of them has read it.
+        """
+        for source in self._sources.values():
+            if source._last_reader == self.index:
+                source._rebuilt.pop(row, None)
         table = self.block_tables[row]
         gone = min(self.cache_plan.first_page(self.index, self.lengths[row]), len(table))
         freed = [page for page in table[:gone] if page >= 0]
@@ -200,9 +267,13 @@ class PackedLayer:
         table += self._allocate(-(-(first + tokens) // block) - len(table))
         slots = torch.arange(first, first + tokens, device=exact.device)
         pool = torch.tensor(table, device=exact.device)[slots // block]
+        own: Tensor | None = None
         for which, x in zip("kv", exact, strict=True):
             fmt: KVFormat = getattr(self.plan, which)
-            sections = self.codec.encode(which, x, slots)
+            predicted = self._predicted(which, row, first, tokens, own)
+            sections = self.codec.encode(which, x, slots, predicted)
+            if which == "k" and "v" in self.codec.maps:
+                own = self._flat(which, self.codec.decode(which, sections, slots, predicted), slots)
             for name, data in zip(("codes", "scales", "zeros"), sections, strict=True):
                 where = self.pages[..., self.layout.sections[f"{which}_{name}"]]
                 if fmt.is_token_wise:
@@ -231,16 +302,64 @@ class PackedLayer:
             return nothing, nothing, start * block
         pages = self.pages[torch.tensor(table[start : -(-stop // block)], dtype=torch.long, device=self.pages.device)]
         slots = torch.arange(start * block, start * block + len(pages) * block, device=self.pages.device)
-        decoded = []
+        count = stop - start * block
+        decoded: list[Tensor] = []
+        flat: list[Tensor] = []
         for which in "kv":
             sections = [
                 # [pages, heads, bytes] to [heads, pages * bytes]: tokens in slot order
                 pages[..., self.layout.sections[f"{which}_{name}"]].transpose(0, 1).flatten(1)
                 for name in ("codes", "scales", "zeros")
             ]
-            x = self.codec.decode(which, (sections[0], sections[1], sections[2]), slots)
-            decoded.append(x[:, : stop - start * block])
+            predicted = self._predicted(which, row, start * block, count, flat[0] if flat else None)
+            if predicted is not None:  # what a page has yet to hold is predicted as nothing
+                predicted = pad(predicted, (0, 0, 0, len(slots) - count))
+            x = self.codec.decode(which, (sections[0], sections[1], sections[2]), slots, predicted)[:, :count]
+            decoded.append(x)
+            if self._last_reader > self.index or "v" in self.codec.maps:
+                flat.append(self._flat(which, x, slots[:count]))
+        if self._last_reader > self.index:
+            self._rebuilt[row] = Rebuilt(self.lengths[row], start * block, *flat)
         return decoded[0], decoded[1], start * block
+
+    # --- predicting ---------------------------------------------------------------------------------------------
+
+    def _flat(self, which: str, x: Tensor, slots: Tensor) -> Tensor:
+        """Return decoded keys or values as predictors see them: [tokens, width] float32, keys before RoPE."""
+        x = self.codec.before_rope(x, slots) if which == "k" else x.to(torch.float32)
+        return x.transpose(0, 1).flatten(1)
+
+    def _predicted(self, which: str, row: int, first: int, count: int, keys: Tensor | None) -> Tensor | None:
+        """Predict ``count`` tokens from slot ``first`` on: [num_kv_heads, count, head_dim] float32, keys before RoPE.
+
+        ``keys`` are the layer's own decoded keys, for values. None where there is no predictor.
+        """
+        if which not in self.codec.maps:
+            return None
+        linear = self.plan.predictor.of(which) if self.plan.predictor is not None else None
+        assert linear is not None
+        parts = []
+        for x in linear.inputs:
+            if x.layer == self.index:
+                assert keys is not None
+                parts.append(keys[:count])
+            else:
+                parts.append(getattr(self._source(x.layer, row, first, count), x.which))
+        flat = self.codec.maps[which](torch.cat(parts, 1))
+        predicted: Tensor = flat.unflatten(1, (self.plan.num_kv_heads, -1)).transpose(0, 1)
+        return predicted
+
+    def _source(self, index: int, row: int, first: int, count: int) -> Rebuilt:
+        """Return what layer ``index`` decodes to in ``count`` slots from ``first`` on."""
+        if index not in self._sources:
+            raise KvcliError(f"layer {self.index} is predicted from layer {index}, to which it is not connected.")
+        source = self._sources[index]
+        found = source._rebuilt.get(row)
+        if found is None or found.length != source.lengths[row] or found.first + len(found.k) < first + count:
+            source.read(row, first + count)
+            found = source._rebuilt[row]
+        part = slice(first - found.first, first - found.first + count)
+        return Rebuilt(found.length, first, found.k[part], found.v[part])
 
     def reorder(self, rows: list[int]) -> None:
         """Let sequence i continue what sequence ``rows[i]`` held (beam search); pages are copied, not shared."""

@@ -84,14 +84,14 @@ def test_the_schema_names_every_field_of_a_plan() -> None:
     plan = SCHEMA["properties"]["plan"]["properties"]
     layer = plan["layers"]["items"]["properties"]
     assert set(plan) == {field.name for field in fields(CachePlan)}
-    assert set(layer) == {field.name for field in fields(LayerPlan)}
+    assert set(layer) == {field.name for field in fields(LayerPlan)} | {"anchor"}  # which was a field once
     assert set(layer["k"]["properties"]) == {field.name for field in fields(KVFormat)}
 
 
 def test_a_newer_schema_is_named(stored: dict[str, Any]) -> None:
     with pytest.raises(InputError) as caught:
-        validate({**stored, "schema_version": 2, "novelty": True}, "A/kvcli.json")
-    assert str(caught.value) == "A/kvcli.json was written by a newer kvcli (schema 2; this one reads 1)."
+        validate({**stored, "schema_version": 3, "novelty": True}, "A/kvcli.json")
+    assert str(caught.value) == "A/kvcli.json was written by a newer kvcli (schema 3; this one reads 2)."
 
 
 @pytest.mark.parametrize("version", [0, -1, "1", 1.0, True, None])

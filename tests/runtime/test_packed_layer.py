@@ -16,6 +16,7 @@ from kvcli.errors import InputError
 from kvcli.models.architectures import Rope
 from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
+from kvcli.quant.prediction import Linear, Predictor, Source
 from kvcli.quant.quantizer import dequantize, from_bytes, quantize, to_bytes
 from kvcli.runtime.packed_layer import Codec, PackedLayer
 
@@ -152,8 +153,9 @@ def test_a_missing_rotary_embedding_is_an_error(fields: dict[str, Any]) -> None:
 
 
 def test_a_predictor_is_not_ignored() -> None:
-    with pytest.raises(InputError, match="predictor 'aqua_kv'"):
-        PackedLayer(one_layer(predictor="aqua_kv"), 0)
+    predictor = Predictor(v=Linear((Source(0, "k"),)))
+    with pytest.raises(InputError, match=r"tensor layer\.0\.v\.predictor\.bias is missing"):
+        PackedLayer(one_layer(predictor=predictor), 0, rope=ROPE)
 
 
 # --- pages ----------------------------------------------------------------------------------------------------------
