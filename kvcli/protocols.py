@@ -8,7 +8,8 @@ Shapes: ``H`` query heads, ``h`` key/value heads, ``d`` head_dim, ``n`` tokens. 
 otherwise. Positions travel with tokens: once tokens have been evicted or merged, and heads hold different ones, an
 index into a tensor says nothing about where in the sequence its token stood.
 
-So far the core calls :class:`Quantizer`; the other signatures are laid for what the cache can already serve.
+So far the core calls :class:`Quantizer` and :class:`Loss`; the other signatures are laid for what the cache can already
+serve.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kvcli import plugins
@@ -80,6 +81,8 @@ class Calibration:
         What ``report.json`` will hold: measurements, the predicted curve, plans measured end to end.
     stages
         Finished stages, for the artifact's provenance.
+    moments
+        What predictors are refitted from, if there are any.
     """
 
     budget: Budget
@@ -87,6 +90,7 @@ class Calibration:
     tensors: dict[str, Tensor]
     report: dict[str, Any]
     stages: Stages = field(repr=False)
+    moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def search_space(recipe: str, geometry: list[LayerPlan]) -> SearchSpace:
@@ -139,6 +143,7 @@ def calibrate(
     search: Search = "surrogate",
     trials: int = 200,
     seed: int = 0,
+    means: dict[str, Tensor] | None = None,
     fresh: bool = False,
     show: Show = silent,
     run: Run = in_turn,
@@ -162,6 +167,8 @@ def calibrate(
         own search by Optuna's NSGA-II or by MOEA/D, whose front goes into the report.
     trials, seed
         Of KVTuner's search.
+    means
+        What centred layers take off, instead of the plain means; the model's hash stands for them in stages.
     fresh
         Forget finished stages of an interrupted run.
     show
@@ -194,7 +201,9 @@ def calibrate(
 
     with stages:  # nobody else forgets them meanwhile
         tensors: dict[str, Tensor] = {}
-        if space.center:
+        if space.center and means:
+            tensors = dict(means)
+        elif space.center:
             tensors = stages.run(
                 "moments", lambda step: moments(loaded, exact, ids, step),
                 description="means of keys and values", settings=source, steps=len(ids),
@@ -254,12 +263,15 @@ def write(loaded: LoadedModel, corpus: Corpus, found: Calibration, out: Path, *,
         writer.write_weights(state_dict_for_saving(loaded))
         writer.write_tensors(found.tensors)
         writer.write_json("report.json", found.report)
+        if found.moments:
+            (writer.path / "calibration").mkdir()
+            save_file(found.moments, writer.path / "calibration" / "moments.safetensors")
         path = writer.commit({
             "plan": found.plan.to_json(), "context": found.budget.context,
             "budget": {"bits": found.budget.bits, "nominal": found.budget.nominal},
             "stages": found.stages.record,
             "source": {
-                "model": loaded.source, "sha256": loaded.sha256, "dtype": loaded.dtype,
+                "model": loaded.source, "sha256": loaded.source_sha256, "dtype": loaded.dtype,
                 "changed": changed(loaded, writer.path),
             },
             "calibration": {"data": corpus.name, "sha256": corpus.sha256, "tokens": corpus.ids.numel(), "seed": seed},

@@ -36,7 +36,7 @@ KEPT = (0.0, 0.01, 0.02, 0.04, 0.06, 0.08)  # shares of a group that a candidate
 SHRINK = (1.0, 0.94, 0.88)
 CHUNK = 1 << 22  # weights that are worked on at once: 16 MB of float32
 REACH = (-1, 0, 1)  # levels next to a weight that its density counts
-SAMPLE = 2048  # groups whose own density is computed for the report
+SAMPLE = 512  # groups whose own density is computed for the report
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,8 @@ class Probe:
             )
             for i, layer in enumerate(self.model.model.layers)
         ]  # fmt: skip
+        for x in stored:
+            x.store.connect([y.store for y in stored])
         return self.cost(plan, self._run(OnePassCache(list(stored))))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from kvcli.artifact.reader import Artifact
 from kvcli.artifact.writer import ArtifactWriter
-from kvcli.calibration import corpora
+from kvcli.calibration import adapting, corpora
 from kvcli.calibration.measuring import check_probe
 from kvcli.calibration.pipeline import Budget, check_budget, curve, summary
 from kvcli.calibration.sensitivity import Cost, Probe, Sensitivity
@@ -186,12 +186,13 @@ class Solver:
             "settings": {"bits": budget.bits, "context": budget.context, "nominal": budget.nominal},
             "sha256": manifest["files"]["report.json"]["sha256"],
         }
+        plan, tensors = adapting.again(artifact, solved.plan)
         with ArtifactWriter(out, overwrite=overwrite) as writer:
             writer.link(artifact, "*")
-            writer.write_tensors(artifact.tensors())
+            writer.write_tensors(tensors)
             writer.write_json("report.json", report)
             return writer.commit({
-                "plan": solved.plan.to_json(), "context": budget.context,
+                "plan": plan.to_json(), "context": budget.context,
                 "budget": {"bits": budget.bits, "nominal": budget.nominal},
                 "stages": [*manifest["stages"], stage],
                 "source": manifest["source"], "calibration": manifest["calibration"],

@@ -144,13 +144,16 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def load_recipe(name: str) -> SearchSpace | None:
-    """Read a search space from a YAML file or a shipped recipe; None if ``name`` is neither.
+SECTIONS = ("search", "learn")  # of a recipe; all but the first may be left out
+
+
+def read_recipe(name: str) -> dict[str, Any] | None:
+    """Read a recipe, from a YAML file or one that ships with kvcli, as plain data; None if ``name`` is neither.
 
     Raises
     ------
     InputError
-        If the file cannot be read as a recipe.
+        If the file cannot be read as a recipe, or has a section that recipes do not have.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
@@ -162,6 +165,33 @@ def load_recipe(name: str) -> SearchSpace | None:
     else:
         return None
     try:
-        return SearchSpace.from_json(yaml.safe_load(data)["search"])
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        found = yaml.safe_load(data)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {name} is not a recipe: {str(error).splitlines()[0]}.") from None
+    if not isinstance(found, dict) or "search" not in found:
+        raise InputError(f"recipe {name} is not a recipe: it has no section 'search'.")
+    if unknown := sorted(map(str, found.keys() - set(SECTIONS))):
+        raise InputError(f"recipe {name} has no section {unknown[0]!r}; it has {', '.join(SECTIONS)}.")
+    return found
+
+
+def load_recipe(name: str) -> SearchSpace | None:
+    """Read the search space of a recipe; None if ``name`` is none. A space may name the recipe whose it shares.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read as a recipe.
+    """
+    found = read_recipe(name)
+    if found is None:
+        return None
+    if isinstance(found["search"], str):
+        shared = None if found["search"] == name else read_recipe(found["search"])
+        if shared is None or isinstance(shared["search"], str):
+            raise InputError(f"recipe {name} searches as {found['search']!r} does, which is no recipe with a space.")
+        found = shared
+    try:
+        return SearchSpace.from_json(found["search"])
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"recipe {name} is not a recipe: {str(error).splitlines()[0]}.") from None

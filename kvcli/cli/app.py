@@ -22,6 +22,7 @@ COMMANDS = {
     "calibrate": "calibrate",
     "solve": "solve",
     "generate": "generate",
+    "serve": "serve",
     "eval": "evaluate",
     "bench": "bench",
     "inspect": "inspect",

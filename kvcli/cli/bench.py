@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from kvcli.cli.bench_serve import serve
 from kvcli.cli.console import emit, progress, say, table
 from kvcli.cli.options import JsonFlag, NoVerify, ThreadsOption, TrustRemoteCode, option
 from kvcli.cli.shared import open_with_progress
@@ -145,7 +146,7 @@ def decode(
     _show(found, json)
 
 
-bench = {"attention": attention, "decode": decode}
+bench = {"attention": attention, "decode": decode, "serve": serve}
 """How fast an artifact is, with others beside it in the same run."""
 
 

@@ -56,6 +56,22 @@ def calibrate(
         option("--search", help="How plans are found: by kvcli's surrogate, or by KVTuner's multi-objective search."),
     ] = "surrogate",
     trials: Annotated[int, option("--trials", min=1, help="Plans that KVTuner's search tries.")] = 200,
+    transforms: Annotated[
+        Literal["recipe", "learned", "none"],
+        option("--transforms", help="Learn transforms and fuse them: as the recipe says, with the defaults, or not."),
+    ] = "recipe",
+    weights: Annotated[
+        Literal["none", "int3", "int4", "int8", "nf4", "llm-int8"],
+        option("--weights", help="Store linear layers in AutoGPTQ's layout (int3, int4, int8) or bitsandbytes'."),
+    ] = "none",
+    weight_method: Annotated[
+        Literal["rtn", "precalibrated", "gptq", "precalibrated+gptq"],
+        option("--weight-method", help="How int3, int4 and int8 weights are chosen; gptq reads the calibration text."),
+    ] = "precalibrated+gptq",
+    adapters: Annotated[
+        Literal["none", "absorbed", "always"],
+        option("--adapters", help="Predict values from keys, or all from the layer before, and store what is left."),
+    ] = "none",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
         option("--dtype", help="Dtype the model computes in; auto is the checkpoint's own, and float32 for .gguf."),
@@ -94,7 +110,9 @@ def calibrate(
         If the budget cannot be met.
     """
     from kvcli.artifact.writer import check_target
-    from kvcli.calibration import corpora, fixed, pipeline, presets
+    from kvcli.calibration import adapting, corpora, fixed, pipeline, presets, quantized_weights, transforming
+    from kvcli.calibration.learn_settings import LearnSettings
+    from kvcli.calibration.space import load_recipe
     from kvcli.calibration.stages import in_turn
     from kvcli.calibration.workers import ModelSource, RayPool, check_ray
     from kvcli.models.loading import load
@@ -107,11 +125,27 @@ def calibrate(
         raise UsageError("--search is for recipes: a preset leaves nothing to search.")
     if workers and ray is None:
         raise UsageError("--workers are Ray's: give --ray auto or --ray ADDRESS too.")
+    if ray is not None and weights != "none":
+        raise UsageError("Ray's workers load the model anew: first --weights alone, then --ray on what it wrote.")
+    if preset is not None and transforms == "learned":
+        raise UsageError("--transforms learned is for recipes: a preset is taken as it was published.")
+    learn = None if transforms == "none" or preset is not None else LearnSettings.of_recipe(recipe)
+    if learn is None and transforms == "learned":
+        learn = LearnSettings.for_space(load_recipe(recipe))
+    if learn is not None and (ray is not None or device_map != "none"):
+        raise UsageError("Transforms are learned here, on a model in memory: give --transforms none, or no --ray.")
     if ray is not None:
         check_ray(ray)
     placement = ModelSource(model, dtype, trust_remote_code, None if device_map == "none" else device_map)
     with progress("loading the model"):
         loaded = load(**vars(placement))
+    if learn is not None:
+        learn = learn.shortened(min(WINDOW, loaded.max_context))
+        transforming.check(loaded, learn)
+        tokens = max(tokens, learn.windows * learn.tokens)
+    stored = quantized_weights.WeightSettings(weights, weight_method)
+    if weights != "none":
+        quantized_weights.check(loaded, stored)
     context = context or min(loaded.max_context, 8192)
     geometry = pipeline.exact_layers(loaded)
     if preset is not None:
@@ -137,6 +171,16 @@ def calibrate(
             last = 100 * done / max(1, total)
 
         corpus = corpora.tokens(data, loaded, num_tokens=tokens, seed=seed, length=length, progress=report)
+    fresh, about_weights, about_transforms, means = not resume, None, None, None
+    ran: list[dict[str, Any]] = []
+    if learn is not None:
+        about_transforms, means, ran = transforming.apply(
+            loaded, corpus, learn, out, seed=seed, fresh=fresh, show=progress
+        )
+        fresh = False  # earlier stages were forgotten just now
+    if weights != "none":
+        loaded, *about_weights = quantized_weights.quantize(loaded, corpus, stored, out, fresh=fresh, show=progress)
+        fresh = False  # earlier stages were forgotten just now
     with ExitStack() as stack:
         run = in_turn
         if ray is not None:
@@ -144,14 +188,22 @@ def calibrate(
                 pool = RayPool(ray, loaded.model, placement, loaded.sha256, threads=threads, workers=workers)
             run = stack.enter_context(pool).run
         if preset is not None:
-            found = fixed.calibrate(loaded, corpus, preset, budget, out, fresh=not resume, show=progress, run=run)
+            found = fixed.calibrate(loaded, corpus, preset, budget, out, fresh=fresh, show=progress, run=run)
         else:
             found = pipeline.calibrate(
                 loaded, corpus, budget, out, recipe=recipe, search=search, trials=trials, seed=seed,
-                fresh=not resume, show=progress, run=run,
+                means=means, fresh=fresh, show=progress, run=run,
             )  # fmt: skip
+    if adapters != "none":
+        adapting.apply(loaded, corpus, found, adapting.AdapterSettings(adapters))
     if found.stages.resumed:
         say(f"Resumed: {', '.join(found.stages.resumed)} taken from an earlier run.")
+    if about_weights is not None:
+        found.stages.record.insert(0, about_weights[0])
+        found.report["weights"] = about_weights[1]
+    if about_transforms is not None:
+        found.stages.record[:0] = ran
+        found.report["transforms"] = about_transforms
     with progress("writing the artifact"):
         path = pipeline.write(loaded, corpus, found, out, seed=seed, overwrite=force)
     chosen = found.report["verified"][found.report.get("chosen", 0)]

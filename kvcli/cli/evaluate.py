@@ -42,6 +42,20 @@ def evaluate(
     dump: Annotated[
         Path | None, option("--dump", help="Write all log-probabilities to this safetensors file, to recompute from.")
     ] = None,
+    simulate_activations: Annotated[
+        int,
+        option(
+            "--simulate-activations",
+            min=0,
+            max=8,
+            metavar="2-8",
+            help="Round what linear layers read to so many bits a token: simulated, nothing runs faster.",
+            show_default="off",
+        ),
+    ] = 0,
+    rotate_down: Annotated[
+        bool, option("--rotate-down", help="With simulated activations: rotate what down projections read first.")
+    ] = False,
     threads: ThreadsOption = 0,
     trust_remote_code: TrustRemoteCode = False,
     no_verify: NoVerify = False,
@@ -65,6 +79,11 @@ def evaluate(
     if dump is not None and (dump.is_dir() or not dump.absolute().parent.is_dir()):
         raise UsageError(f"--dump {dump} is not a file in a folder that exists.")
 
+    if rotate_down and not simulate_activations:
+        raise UsageError("--rotate-down is for --simulate-activations, which is not given.")
+    if simulate_activations == 1:
+        raise UsageError("--simulate-activations 1 is too few: 2 to 8 bits.")
+
     from kvcli.calibration import corpora
     from kvcli.calibration.pipeline import exact_layers
     from kvcli.models.loading import load
@@ -84,7 +103,8 @@ def evaluate(
     texts = corpora.windows(data, subject.loaded.tokenizer, length, limit=limit or None)
     with progress("evaluating", total=2 * len(texts)) as bar:
         result = fidelity.evaluate(
-            subject, reference, texts, tasks=chosen, chunk=chunk, dump=dump, step=bar.advance
+            subject, reference, texts, tasks=chosen, chunk=chunk, dump=dump, step=bar.advance,
+            activations=simulate_activations or None, rotate_down=rotate_down,
         )  # fmt: skip
     if data.startswith("builtin"):
         say("The built-in text is what calibration reads by default: for a fair figure give other text with --data.")
@@ -108,4 +128,7 @@ def _print(result: dict[str, Any]) -> None:
         print(f"KL mean {kl['mean']:.5f}, 99th percentile {kl['p99']:.4f}, 99.9th {kl['p999']:.4f} nats a token")
     if "flips" in result:
         print(f"top-1 flips {100 * result['flips']['rate']:.2f} %")
+    if "simulated_activations" in result:
+        down = ", down's input rotated" if result["simulated_activations"]["rotate_down"] else ""
+        print(f"simulated: activations of {result['simulated_activations']['bits']} bits a token{down}")
     print(f"{result['windows']} windows, {result['scored_tokens']} tokens scored")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvcli.errors import BudgetError, InputError
+from kvcli.evaluation.activations import simulating
 from kvcli.runtime.packed_model import CHUNK, PackedModel
 
 TASKS = ("ppl", "kl", "flips")
@@ -58,6 +60,8 @@ def evaluate(
     chunk: int = CHUNK,
     dump: Path | None = None,
     step: Callable[[], None] = lambda: None,
+    activations: int | None = None,
+    rotate_down: bool = False,
 ) -> dict[str, Any]:
     """Measure a subject against a reference on windows of equal length.
 
@@ -76,6 +80,9 @@ def evaluate(
         ``targets`` [windows, scored].
     step
         Called once a window and side.
+    activations, rotate_down
+        Bits of simulated activations of the subject, and whether down's input is rotated first; see
+        :func:`kvcli.evaluation.activations.simulating`.
 
     Returns
     -------
@@ -101,11 +108,12 @@ def evaluate(
         check_dump(len(windows) * scored * vocabulary * 8)
     found: list[dict[str, Tensor]] = []
     kept: dict[str, list[Tensor]] = {"reference": [], "quantized": [], "targets": []}
-    nbytes = 0
+    nbytes, model = 0, subject.loaded.model
     for ids in windows:
         p, _ = reference.log_probs(ids, scored=scored, chunk=chunk)
         step()
-        q, allocated = subject.log_probs(ids, scored=scored, chunk=chunk)
+        with nullcontext() if activations is None else simulating(model, activations, rotate_down=rotate_down):
+            q, allocated = subject.log_probs(ids, scored=scored, chunk=chunk)
         step()
         nbytes = max(nbytes, allocated, subject.plan.bytes_at(tokens))
         found.append(compare(p, q, ids[-scored:]))
@@ -128,6 +136,8 @@ def evaluate(
         "measured_bytes": nbytes, "reference_bytes": plan.as_exact().bytes_at(tokens),
         "reference_cache": plan.exact_dtype,
     }  # fmt: skip
+    if activations is not None:
+        result["simulated_activations"] = {"bits": activations, "rotate_down": rotate_down}
     merged = {name: torch.cat([f[name] for f in found]) for name in found[0]}
     return result | {task: summarize(task, merged) for task in tasks}
 

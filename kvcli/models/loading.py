@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -23,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,9 +32,10 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from kvcli.errors import InputError, KvcliError, UsageError
-from kvcli.models import gguf
+from kvcli.models import gguf, quantized
 from kvcli.models.architectures import LayerGeometry, Rope, check_supported, geometry
 from kvcli.models.checkpoint import Checkpoint, find, read_json, sha256
+from kvcli.models.quantized import QuantizedWeights
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 
@@ -63,6 +66,10 @@ class LoadedModel:
         The weight files that were read.
     offload
         Folder of the weights that a device map left on disk; it goes when the model goes.
+    quantized
+        The linear layers that are stored in few bits; the model holds their dequantised weights.
+    changes
+        What was done to the weights after they were read, by the name of the step: its settings, plain JSON.
     """
 
     model: PreTrainedModel
@@ -72,11 +79,21 @@ class LoadedModel:
     rope: Rope
     files: tuple[Path, ...]
     offload: TemporaryDirectory[str] | None = field(default=None, repr=False)
+    quantized: QuantizedWeights | None = field(default=None, repr=False)
+    changes: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def sha256(self) -> str:
+    def source_sha256(self) -> str:
         """Hash of the weight files' content; reads them all, once."""
         return sha256(self.files)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights: of the files' content, and of what was done to it since."""
+        if not self.changes:
+            return self.source_sha256
+        text = json.dumps([self.source_sha256, self.changes], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def dtype(self) -> str:
@@ -135,7 +152,7 @@ def load(
         offload = TemporaryDirectory(prefix="kvcli-") if device_map is not None else None
         placement = {} if offload is None else {"device_map": device_map, "offload_folder": offload.name}
         try:
-            model, tokenizer = _from_pretrained(checkpoint, dtype, trust_remote_code, placement)
+            model, tokenizer, packed = _from_pretrained(checkpoint, dtype, trust_remote_code, placement)
         except (KvcliError, MemoryError):
             raise
         except Exception as error:  # a checkpoint is foreign input, and its parsers raise whatever they like
@@ -147,8 +164,9 @@ def load(
         except (RuntimeError, AssertionError) as error:
             raise UsageError(f"Device {device!r} cannot be used: {_first_sentence(error)}.") from error
     return LoadedModel(
-        model, tokenizer, checkpoint.name, geometry(model.config), Rope.from_model(model), checkpoint.weights, offload
-    )
+        model, tokenizer, checkpoint.name, geometry(model.config), Rope.from_model(model), checkpoint.weights, offload,
+        packed,
+    )  # fmt: skip
 
 
 def copy_source_files(loaded: LoadedModel, folder: Path) -> None:
@@ -175,15 +193,24 @@ def copy_source_files(loaded: LoadedModel, folder: Path) -> None:
     config.pop("quantization_config", None)
     if "quantization_config" in now:
         config["quantization_config"] = now["quantization_config"]
+    if loaded.quantized is not None and loaded.quantized.method == "gptq":  # where AutoGPTQ itself looks
+        (folder / "quantize_config.json").write_text(json.dumps(loaded.quantized.config, indent=2) + "\n", "utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def state_dict_for_saving(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor to be stored, by name; a tied one stands once, under the name Transformers gives it."""
+    """Yield every tensor to be stored, by name; a tied one stands once, under the name Transformers gives it.
+
+    Layers that are stored in few bits are yielded as they are stored.
+    """
     state = loaded.model.state_dict()
     tied = loaded.model.all_tied_weights_keys
     for name, tensor in state.items():
-        if name not in tied or state[tied[name]].data_ptr() != tensor.data_ptr():
+        module, _, own = name.rpartition(".")
+        if loaded.quantized is not None and own == "weight" and module in loaded.quantized.layers:
+            for suffix, packed in loaded.quantized.layers[module].tensors.items():
+                yield f"{module}.{suffix}", packed
+        elif name not in tied or state[tied[name]].data_ptr() != tensor.data_ptr():
             yield name, _in_memory(loaded.model, name, tensor)
 
 
@@ -221,32 +248,59 @@ def _quiet(*, keep_bars: bool = False) -> Iterator[None]:
 
 def _from_pretrained(
     checkpoint: Checkpoint, dtype: str, trust_remote_code: bool, placement: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, QuantizedWeights | None]:
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if checkpoint.gguf:
         where["gguf_file"] = checkpoint.gguf.name
         dtype = "float32" if dtype == "auto" else dtype
     config = AutoConfig.from_pretrained(checkpoint.folder, **where)
     check_supported(config)
-    if not checkpoint.gguf and not hasattr(config, "quantization_config"):
-        _check_shapes(checkpoint, config)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, **where)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder,
-        config=config,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        **where,
-        **placement,
-    )
+    packing = None if checkpoint.gguf else quantized.config_of(checkpoint.folder)
+    packed = None
+    loaded: Any
+    if packing is None:
+        if not checkpoint.gguf:
+            _check_shapes(checkpoint, config)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **where,
+            **placement,
+        )
+    else:
+        loaded, packed = _dequantised(checkpoint, config, packing, dtype, placement)
     model, report = loaded
     _check_complete(report)
     if checkpoint.gguf:  # dequantised, and not to pass for a quantised one when it is saved
         del model.config.quantization_config
         model.config.architectures = [type(model).__name__]
     model.config.name_or_path = tokenizer.name_or_path = checkpoint.name  # not a path of this machine
-    return model.eval().requires_grad_(False), tokenizer
+    return model.eval().requires_grad_(False), tokenizer, packed
+
+
+def _dequantised(
+    checkpoint: Checkpoint, config: PretrainedConfig, packing: dict[str, Any], dtype: str, placement: dict[str, Any]
+) -> tuple[Any, QuantizedWeights]:
+    """Load a quantised checkpoint as an ordinary model, without the kernels of whoever quantised it."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain: Any = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(x.shape) for name, x in plain.state_dict().items()}
+    state, packed = quantized.read(checkpoint.weights, packing, shapes)
+    if dtype == "auto" and config.dtype is None:
+        dtype = "float16"  # the dtype of such checkpoints' scales, and of the models that AutoGPTQ takes
+    loaded = type(plain).from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **placement
+    )
+    loaded[0].config.quantization_config = packing
+    if (checkpoint.folder / "generation_config.json").is_file():
+        loaded[0].generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return loaded, packed
 
 
 def _check_shapes(checkpoint: Checkpoint, config: PretrainedConfig) -> None:

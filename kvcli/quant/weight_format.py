@@ -101,8 +101,15 @@ class WeightFormat:
             "g_idx": torch.arange(width, dtype=torch.int32) // self.group,
         }
 
-    def unpack(self, stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def unpack(self, stored: Mapping[str, Tensor], *, less: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """Undo :meth:`pack`: codes uint8 [out, in], scales and zeros float32 [out, groups].
+
+        Parameters
+        ----------
+        stored
+            The tensors. The last group may be a short one, as AutoGPTQ makes it where inputs do not divide.
+        less
+            What was taken off zero points: 1, or 0 in GPTQModel's second version of the layout.
 
         Raises
         ------
@@ -112,15 +119,16 @@ class WeightFormat:
         if missing := [x for x in TENSORS[:3] if x not in stored]:
             raise InputError(f"a quantised layer has no {missing[0]}.")
         codes = _codes(stored["qweight"].t().contiguous(), self.bits)
-        zeros = _codes(stored["qzeros"], self.bits).t().float() + 1
+        zeros = _codes(stored["qzeros"], self.bits).t().float() + less
         scale = stored["scales"].t().float()
-        if scale.shape != zeros.shape or codes.shape != (scale.shape[0], scale.shape[1] * self.group):
+        groups = -(-codes.shape[1] // self.group)
+        if scale.shape != zeros.shape or scale.shape != (codes.shape[0], groups):
             raise InputError("a quantised layer's tensors do not fit one another.")
         return codes, scale, zeros
 
-    def dequantize(self, stored: Mapping[str, Tensor]) -> Tensor:
+    def dequantize(self, stored: Mapping[str, Tensor], *, less: int = 1) -> Tensor:
         """Return the weight float32 [out, in] that a packed layer stands for, its inputs' groups as ``g_idx`` says."""
-        codes, scale, zero = self.unpack(stored)
+        codes, scale, zero = self.unpack(stored, less=less)
         at = stored.get("g_idx", torch.arange(codes.shape[1]) // self.group).long()
         if at.shape != codes.shape[1:] or int(at.min()) < 0 or int(at.max()) >= scale.shape[1]:
             raise InputError("a quantised layer's g_idx names groups that are not there.")

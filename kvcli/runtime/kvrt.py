@@ -134,10 +134,13 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "kvrt_int4_matmul": (
         c_int,
         (
-            c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32, c_int32, c_int32, POINTER(Exec),
+            c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32, c_int32, c_int32, c_int32,
+            POINTER(Exec),
         ),
     ),
-    "kvrt_int4_expand": (c_int, (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32, POINTER(Exec))),
+    "kvrt_int4_expand": (
+        c_int, (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32, c_int32, POINTER(Exec)),
+    ),
 }  # fmt: skip
 
 

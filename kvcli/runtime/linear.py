@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import byref
+from dataclasses import dataclass
+from enum import IntEnum
 from functools import partial
 from typing import Protocol
 
@@ -16,12 +18,46 @@ from torch import Tensor
 from kvcli.errors import InputError, UsageError
 from kvcli.runtime import kvrt
 
-GROUP = 32  # weights that share a scale and a zero point
+GROUP = 32  # weights that share a scale and a zero point, where the runtime rounds them itself
 TILE = 16  # outputs that lie side by side
 # One AVX-512 core writes 3072 x 576 weights out in 0.57 ms and multiplies them in bf16 in 0.016 ms a row; it multiplies
 # their codes in 0.024 ms a row. From 64 rows on writing out is the faster.
 FEW_ROWS = 64
 SCRATCH = 1 << 21  # weights written out at a time: 4 MB of bf16, so that they stay in the cache until they are read
+
+
+class Grid(IntEnum):
+    """How a code becomes a weight, as ``kvrt.h`` numbers it."""
+
+    ZERO_WEIGHT = 0  # code * scale + zero
+    ZERO_CODE = 1  # (code - zero) * scale
+    NF4 = 2  # NF4[code] * scale
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Weights in 4 bits.
+
+    Attributes
+    ----------
+    codes
+        [out, in], 0 … 15.
+    scale, zero
+        float16 [out, in / group].
+    group
+        Inputs that share them: a multiple of 8, 1024 at the most.
+    grid
+        What they mean.
+    order
+        int64 [in], the input that each column reads; None where columns are in order.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    group: int = GROUP
+    grid: Grid = Grid.ZERO_WEIGHT
+    order: Tensor | None = None
 
 
 class Linear(Protocol):
@@ -83,15 +119,15 @@ class Scratch:
 
 
 class Int4:
-    """Weights in 4 bits: ``code * scale + zero``, with a float16 scale and zero for 32 inputs of an output.
+    """Weights in 4 bits, with a float16 scale and zero for a group of inputs of an output.
 
-    Codes are the nearest ones between the group's minimum and maximum. They are kept only as the kernels read them.
-    Activations and results are bf16, results also float32.
+    They are kept only as the kernels read them. Activations and results are bf16, results also float32.
 
     Parameters
     ----------
     weight
-        [out features, in features], any float dtype.
+        Codes as they are stored; or weights [out features, in features] of any float dtype, which are rounded to the
+        nearest of 16 levels between the minimum and the maximum of 32 inputs.
     bias
         [out features], or None.
     scratch
@@ -111,21 +147,27 @@ class Int4:
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | Codes,
         bias: Tensor | None = None,
         *,
         scratch: Scratch | None = None,
         threads: int = 0,
         few_rows: int = FEW_ROWS,
     ) -> None:
-        if weight.device.type != "cpu":
+        given = weight.codes if isinstance(weight, Codes) else weight
+        if given.device.type != "cpu":
             raise UsageError("int4 weights run on the CPU only; leave out --weights int4 on a GPU.")
-        self.shape = (weight.shape[0], weight.shape[1])
-        check_width(weight.shape[1])
+        self.shape = (given.shape[0], given.shape[1])
         self.scratch, self.few_rows = scratch or Scratch(), few_rows
         self.bias = None if bias is None else bias.to(torch.bfloat16)
         self.exec = kvrt.Exec(threads or torch.get_num_threads(), 0, None)
         self.library = kvrt.library("cpu")
+        if isinstance(weight, Codes):
+            self.group, self.grid, self.order = weight.group, weight.grid, weight.order
+            self.packed = pack(weight.codes, weight.scale, weight.zero, weight.group)
+            return
+        check_width(weight.shape[1])
+        self.group, self.grid, self.order = GROUP, Grid.ZERO_WEIGHT, None
         rows = max(TILE, SCRATCH // weight.shape[1] // TILE * TILE)  # float32 and int32 copies of a part only
         self.packed = torch.cat([pack(*quantise(part.float())) for part in weight.split(rows)])
 
@@ -136,12 +178,25 @@ class Int4:
 
     def bind(self, x: Tensor, out: Tensor) -> Callable[[], object]:
         """Return what computes ``out`` [rows, out features] from ``x``, bf16 [rows, in features]."""
+        order = self.order
+        if order is None:
+            return self._bind(x, out)
+        ordered = torch.empty_like(x)
+        run = self._bind(ordered, out)
+
+        def gather() -> None:
+            torch.index_select(x, 1, order, out=ordered)
+            run()
+
+        return gather
+
+    def _bind(self, x: Tensor, out: Tensor) -> Callable[[], object]:
         if x.shape[0] > self.few_rows:
             return partial(self._many, x, out)
         return self.library.bind(
             "int4_matmul", out.data_ptr(), x.data_ptr(), self.packed.data_ptr(),
-            kvrt.pointer(self.bias), x.shape[0], *self.shape, GROUP, kvrt.DTYPES[x.dtype], kvrt.DTYPES[out.dtype],
-            byref(self.exec), kept=(x, out),
+            kvrt.pointer(self.bias), x.shape[0], *self.shape, self.group, self.grid, kvrt.DTYPES[x.dtype],
+            kvrt.DTYPES[out.dtype], byref(self.exec), kept=(x, out),
         )  # fmt: skip
 
     def _many(self, x: Tensor, out: Tensor) -> None:
@@ -160,8 +215,9 @@ class Int4:
         """Write the weights of outputs from ``first`` on into the scratch: bf16 [in features, count]."""
         out = self.scratch.reserve(count * self.shape[1]).view(self.shape[1], count)
         self.library.call(
-            "int4_expand", out.data_ptr(), self.packed.data_ptr(), first, count, self.shape[1], GROUP, byref(self.exec)
-        )
+            "int4_expand", out.data_ptr(), self.packed.data_ptr(), first, count, self.shape[1], self.group, self.grid,
+            byref(self.exec),
+        )  # fmt: skip
         return out
 
 
@@ -171,7 +227,7 @@ def check_width(width: int) -> None:
         raise InputError(f"a layer of {width} inputs does not divide into groups of {GROUP} for int4 weights.")
 
 
-def pack(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def pack(codes: Tensor, scale: Tensor, zero: Tensor, group: int = GROUP) -> Tensor:
     """Lay codes [out, in], scales and zeros [out, in / group] out in tiles, as ``csrc/cpu/int4.h`` shows.
 
     Returns
@@ -181,7 +237,7 @@ def pack(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """
     padding = (0, 0, 0, -codes.shape[0] % TILE)
     codes = torch.nn.functional.pad(codes.to(torch.uint8), padding)
-    tiles = codes.view(-1, TILE, codes.shape[1] // GROUP, GROUP // 8, 2, 4)  # output, group, vector, half, byte
+    tiles = codes.view(-1, TILE, codes.shape[1] // group, group // 8, 2, 4)  # output, group, vector, half, byte
     low, high = tiles.permute(0, 2, 3, 4, 1, 5).unbind(3)
     scales = torch.stack([torch.nn.functional.pad(x, padding) for x in (scale, zero)])
     rows = scales.view(2, -1, TILE, scale.shape[1]).permute(1, 3, 0, 2).contiguous().view(torch.uint8)

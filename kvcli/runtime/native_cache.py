@@ -131,26 +131,33 @@ class NativeCache:
         # a sliding layer packs tokens on their way out of the residual window, even if no query sees them then
         return pages if self.plan.layers[index].window is None else max(1, pages)
 
+    def _pool(self, index: int) -> int:
+        """Pages of one layer and all sequences."""
+        return self._pages(index) * self.batch_size
+
+    def _tables(self, index: int) -> Tensor:
+        """Return a layer's block tables, int32 [batch, logical pages]."""
+        pages, logical = self._pages(index), -(-self.capacity // self.plan.block_size)
+        # A sliding layer's pages are used in turn: the one that fell behind the window is the next to be written.
+        tables = torch.arange(logical) % max(1, pages) + torch.arange(self.batch_size)[:, None] * pages
+        return tables.to(torch.int32).to(self.device).contiguous()
+
     def _shapes(self, index: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes of a layer's pages, tail and sinks."""
         plan, layer, batch = self.plan, self.plan.layers[index], self.batch_size
         exact, heads, dim = getattr(torch, plan.exact_dtype), layer.num_kv_heads, layer.head_dim
         return [
-            ((self._pages(index) * batch, layer.page_bytes(plan.block_size)), torch.uint8),
+            ((self._pool(index), layer.page_bytes(plan.block_size)), torch.uint8),
             ((batch, 2, heads, plan.tail(index), dim), exact),
             ((batch, 2, heads, plan.sinks(index), dim), exact),
         ]
 
     def _store(self, index: int, storage: list[Tensor]) -> LayerStore:
-        plan, pages = self.plan, self._pages(index)
-        logical = -(-self.capacity // plan.block_size)
-        # A sliding layer's pages are used in turn: the one that fell behind the window is the next to be written.
-        tables = torch.arange(logical) % max(1, pages) + torch.arange(self.batch_size)[:, None] * pages
         struct = kvrt.layer_struct(
-            plan, index, num_heads=self.geometry[index].num_heads, rope=self.rope_table, tensors=self._tensors
+            self.plan, index, num_heads=self.geometry[index].num_heads, rope=self.rope_table, tensors=self._tensors
         )
         page_pool, tail, sinks = storage
-        return LayerStore(struct, page_pool, tail, sinks, tables.to(torch.int32).to(self.device).contiguous())
+        return LayerStore(struct, page_pool, tail, sinks, self._tables(index))
 
     def _prepare(self, store: LayerStore) -> None:
         heads, dim = store.struct.num_kv_heads, store.struct.head_dim

@@ -42,7 +42,7 @@ class ModelRunner:
     weights
         ``int4`` stores linear layers in 4 bits.
     dtype
-        What to compute in: the plan's compute dtype by default, bfloat16 for int4.
+        What to compute in: by default the plan's dtype; bfloat16 for int4 and, on a CPU, for a checkpoint's own codes.
     capacity, batch_size
         Tokens a sequence may hold, and sequences; :meth:`resize` changes both.
     threads
@@ -79,7 +79,8 @@ class ModelRunner:
         self.loaded, self.plan, self._tensors = loaded, plan, tensors
         self.device = torch.device(backend)
         int4 = weights == "int4"
-        self.dtype = dtype or (torch.bfloat16 if int4 else getattr(torch, plan.dtype))
+        codes = backend == "cpu" and loaded.quantized is not None and loaded.quantized.has_codes
+        self.dtype = dtype or (torch.bfloat16 if int4 or codes else getattr(torch, plan.dtype))
         if self.dtype not in kvrt.DTYPES:
             raise UsageError(f"the native runtime does not compute in {self.dtype}.")
         if int4 and self.dtype != torch.bfloat16:
@@ -100,10 +101,7 @@ class ModelRunner:
             deterministic=bool(self.block),
         )  # fmt: skip
         self._step = Pass(self, batch_size, self.cache.lengths)
-        self._attend = [self._bind_attention(i) for i in range(len(self.plan.layers))]
-        self._layers = [
-            (*a, *b, *c) for a, b, c in zip(self._step.before, self._attend, self._step.after, strict=True)
-        ]  # fmt: skip
+        self._layers = self._bind_layers(self._step)
         vocabulary = self.weights.head.shape[0]
         rows = self.padded(batch_size)
         self._raw_logits = torch.zeros(rows, vocabulary, dtype=self.weights.logits_dtype, device=self.device)
@@ -118,9 +116,14 @@ class ModelRunner:
         """Return how many rows a matrix product of ``rows`` computes."""
         return -(-rows // self.block) * self.block if self.block else rows
 
-    def _bind_attention(self, index: int) -> tuple[Callable[[], int], Callable[[], int]]:
+    def _bind_layers(self, step: Pass) -> list[tuple[Callable[[], Any], ...]]:
+        """Return the ten calls of every layer of a step of decoding."""
+        attend = (self._bind_attention(i, step) for i in range(len(self.plan.layers)))
+        return [(*a, *b, *c) for a, b, c in zip(step.before, attend, step.after, strict=True)]
+
+    def _bind_attention(self, index: int, step: Pass) -> tuple[Callable[[], int], Callable[[], int]]:
         """Bind one layer's append and attend, of one token a sequence, to the buffers of the step."""
-        store, step = self.cache.layers[index], self._step
+        store = self.cache.layers[index]
         q, k, v = step.qkv_of(index)
         a, b = store.append, store.attend
         a.dtype = b.dtype = kvrt.DTYPES[self.dtype]
@@ -179,10 +182,16 @@ class ModelRunner:
         return self._logits[:batch]
 
     def _run_step(self) -> None:
-        step = self._step
+        self._run_layers(self._step, self._layers)
+        self._head()
+        if self._logits is not self._raw_logits:
+            self._logits.copy_(self._raw_logits)
+        self.cache.lengths.add_(1)
+
+    def _run_layers(self, step: Pass, layers: list[tuple[Callable[[], Any], ...]]) -> None:
         step.embed()
         failed = 0
-        for norm, qkv, rope, append, attend, o, post_norm, gate_up, silu, down in self._layers:
+        for norm, qkv, rope, append, attend, o, post_norm, gate_up, silu, down in layers:
             failed |= norm()
             qkv()
             failed |= rope() | append() | attend()
@@ -194,10 +203,6 @@ class ModelRunner:
         failed |= step.last_norm()
         if failed:
             raise kvrt.NativeError("a kernel failed in decoding.")
-        self._head()
-        if self._logits is not self._raw_logits:
-            self._logits.copy_(self._raw_logits)
-        self.cache.lengths.add_(1)
 
     def capture(self) -> None:
         """Record a step of decoding as a CUDA graph, which later steps replay; lengths live on the device.

@@ -15,6 +15,7 @@ from kvcli.models.architectures import check_model_type
 from kvcli.models.loading import LoadedModel
 from kvcli.plan import CachePlan
 from kvcli.runtime.linear import Blocks, Dense, Int4, Linear, Scratch, check_width
+from kvcli.runtime.stored_codes import codes_of
 
 Kind = Literal["none", "int4"]
 
@@ -38,9 +39,6 @@ def check_runnable(config: PretrainedConfig, plan: CachePlan) -> None:
     check_model_type(config.model_type)
     if config.hidden_act not in ("silu", "swish"):
         raise InputError(f"the native runtime computes SiLU, and the model uses {config.hidden_act!r}.")
-    if quantised := getattr(config, "quantization_config", None):
-        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        raise InputError(f"the native runtime does not read weights quantised by {getattr(kind, 'value', kind)}.")
     if plan.dtype == "float64":
         raise InputError("the native runtime does not compute in float64.")
     for i, layer in enumerate(plan.layers):
@@ -57,11 +55,13 @@ class ModelWeights:
     ----------
     loaded
         The model. With ``kind`` none, and where dtype and device agree, it goes on to share its memory with what is
-        made here; with int4 it loses its weights, so that they do not stay in memory beside the packed ones.
+        made here; with int4, and layers that the checkpoint stores in 4 bits, it loses its weights, so that they do
+        not stay in memory beside the packed ones.
     dtype
         Of norms, embedding and activations; bfloat16 for int4.
     kind
-        How linear layers are stored.
+        How linear layers are stored that the checkpoint does not store in 4 bits or fewer itself. Its own codes are
+        multiplied as they are, on a CPU in bfloat16.
     device
         Where everything goes.
     block
@@ -96,6 +96,9 @@ class ModelWeights:
         self._dtype, self._kind, self._device, self._block, self._threads = dtype, kind, device, block, threads
         self.scratch = Scratch()
         self.logits_dtype = torch.float32 if kind == "int4" else dtype
+        packs = loaded.quantized is not None and device.type == "cpu" and dtype == torch.bfloat16
+        self._stored = loaded.quantized.layers if loaded.quantized is not None and packs else {}
+        self._names = {id(module): name for name, module in model.named_modules()}
         if not model.model.embed_tokens.weight.numel():
             raise KvcliError("this model's weights were given to int4 layers already; load it anew.")
         if kind == "int4":
@@ -129,10 +132,18 @@ class ModelWeights:
 
     def _linear(self, *modules: nn.Linear, release: bool = True, moved: Tensor | None = None) -> Linear:
         """Put layers that read the same input into one; ``moved`` is what became of the weights already."""
-        weight, bias = fuse([m.weight for m in modules]), None
+        bias = None
         if modules[0].bias is not None:
             bias = torch.cat([m.bias.detach() for m in modules]).to(self._device, self._dtype)
         made: Linear
+        names = [self._names[id(m)] for m in modules]
+        codes = codes_of([self._stored[x] for x in names]) if all(x in self._stored for x in names) else None
+        if codes is not None:
+            made = Int4(codes, bias, scratch=self.scratch, threads=self._threads)
+            if release:
+                _release(*modules)
+            return Blocks(made, self._block) if self._block else made
+        weight = fuse([m.weight for m in modules])
         if self._kind == "int4":
             made = Int4(weight.to(self._device), bias, scratch=self.scratch, threads=self._threads)
             if release:

@@ -16,6 +16,7 @@ from kvcli.calibration import presets
 from kvcli.cli.export import export
 from kvcli.errors import InputError, UsageError
 from kvcli.quant.format import KVFormat
+from kvcli.quant.prediction import Linear, Predictor, Source
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
 
@@ -165,8 +166,8 @@ def test_16_bits_can_be_said(opened, tmp_path):
 
 
 def test_what_a_predictor_leaves_over_is_refused(opened, tmp_path):
-    layers = (opened.plan.layers[0], replace(opened.plan.layers[1], predictor="aqua"))
-    with pytest.raises(InputError, match=r"^layer 1 stores what predictor 'aqua' leaves over"):
+    layers = (opened.plan.layers[0], replace(opened.plan.layers[1], predictor=Predictor(v=Linear((Source(1, "k"),)))))
+    with pytest.raises(InputError, match=r"^layer 1 stores what predictor v from 1\.k leaves over"):
         exporting.export(replace(opened, plan=replace(opened.plan, layers=layers)), "kvtuner", tmp_path / "out.yaml")
 
 

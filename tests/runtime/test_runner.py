@@ -325,10 +325,6 @@ def test_what_cannot_be_run_is_refused(plan_for: PlanFor) -> None:
     with pytest.raises(InputError, match="gelu"):
         ModelRunner(loaded_of(model), plan, capacity=8)
     model = small_llama()
-    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    with pytest.raises(InputError, match="bitsandbytes"):
-        ModelRunner(loaded_of(model), plan, capacity=8)
-    del model.config.quantization_config
     with pytest.raises(UsageError, match="bfloat16"):
         ModelRunner(loaded_of(model), plan, capacity=8, weights="int4", dtype=torch.float32)
     odd = small_llama(intermediate_size=72)

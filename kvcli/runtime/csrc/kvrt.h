@@ -142,19 +142,26 @@ KVRT_API int kvrt_rope(void *qkv, const int32_t *positions, const float *rope, i
 /* y [rows][width] = silu(gate) * up, where x is [rows][2 width]: gate, then up. */
 KVRT_API int kvrt_silu_mul(void *y, const void *x, int64_t rows, int32_t width, int32_t dtype, const kvrt_exec *exec);
 
-/* Linear layers with weights code * scale + zero of 4-bit codes; `group` inputs of an output share scale and zero, both
- * float16. Bytes lie as cpu/int4.h shows, outputs padded to a multiple of 16. CPU only so far.
+/* How a 4-bit code becomes a weight. */
+enum {
+  KVRT_GRID_ZERO_WEIGHT = 0, /* code * scale + zero */
+  KVRT_GRID_ZERO_CODE = 1,   /* (code - zero) * scale, zero a whole number: AutoGPTQ's */
+  KVRT_GRID_NF4 = 2          /* NF4[code] * scale, QLoRA's table; products take it to 1/16383 of the scale */
+};
+
+/* Linear layers with weights of 4-bit codes; `group` inputs of an output share scale and zero, both float16. Bytes lie as
+ * cpu/int4.h shows, outputs padded to a multiple of 16. CPU only so far.
  *
  * y [rows][out_features] of out_dtype = x [rows][in_features] W^T + bias, x and bias (or null) of dtype, made for a few
  * rows. Each group of activations is rounded to 1/16256 of its largest; sums are exact and no row depends on another. */
 KVRT_API int kvrt_int4_matmul(void *y, const void *x, const void *weights, const void *bias, int64_t rows,
-                              int32_t out_features, int32_t in_features, int32_t group, int32_t dtype,
+                              int32_t out_features, int32_t in_features, int32_t group, int32_t grid, int32_t dtype,
                               int32_t out_dtype, const kvrt_exec *exec);
 
 /* Weights of outputs first ... first + count - 1 as bf16 [in_features][count], for a product of many rows; first and
  * count are multiples of 16. */
 KVRT_API int kvrt_int4_expand(void *out, const void *weights, int32_t first, int32_t count, int32_t in_features,
-                              int32_t group, const kvrt_exec *exec);
+                              int32_t group, int32_t grid, const kvrt_exec *exec);
 
 #ifdef __cplusplus
 }

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcli.runtime import kvrt
-from kvcli.runtime.linear import GROUP, pack, quantise
+from kvcli.runtime.linear import GROUP, Grid, pack, quantise
+from kvcli.runtime.stored_codes import NF4
 
 pytestmark = pytest.mark.usefixtures("variant_is_put_back")
 VARIANTS = available()
@@ -24,12 +25,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def multiply(
     x: Tensor, packed: Tensor, outputs: int, *, bias: Tensor | None = None, out: torch.dtype = torch.float32,
-    threads: int = 1,
+    threads: int = 1, group: int = GROUP, grid: Grid = Grid.ZERO_WEIGHT,
 ) -> Tensor:  # fmt: skip
     y = torch.full((len(x), outputs), torch.nan, dtype=out)
     cpu_library().call(
         "int4_matmul", y.data_ptr(), x.data_ptr(), packed.data_ptr(), kvrt.pointer(bias), len(x), outputs, x.shape[1],
-        GROUP, kvrt.DTYPES[x.dtype], kvrt.DTYPES[out], byref(kvrt.Exec(threads, 0)),
+        group, grid, kvrt.DTYPES[x.dtype], kvrt.DTYPES[out], byref(kvrt.Exec(threads, 0)),
     )  # fmt: skip
     return y
 
@@ -86,26 +87,78 @@ def test_results_are_rounded_to_the_dtype_asked_for(out, variant):
     assert torch.equal(multiply(x, pack(*parts), 33, out=out), multiply(x, pack(*parts), 33).to(out))
 
 
+def on_grid(grid: Grid, group: int, outputs: int, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random codes, scales and zeros, and the weights that they are, float64."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (outputs, width), generator=g)
+    scale = (torch.rand(outputs, width // group, generator=g) + 0.1).half()
+    zero = torch.randint(0, 17, scale.shape, generator=g).half()
+    wide, offset = (x.double().repeat_interleave(group, 1) for x in (scale, zero))
+    weight = torch.tensor(NF4, dtype=torch.float64)[codes] * wide if grid == Grid.NF4 else (codes - offset) * wide
+    return codes, scale, zero, weight
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 40), st.integers(1, 3), st.sampled_from((8, 64, 192, 1024)),
+    st.sampled_from((Grid.ZERO_CODE, Grid.NF4)), st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=40)
+def test_codes_of_checkpoints_are_multiplied_as_they_are(rows, outputs, groups, group, grid, seed):
+    codes, scale, zero, weight = on_grid(grid, group, outputs, groups * group, seed)
+    x, found = random(rows, groups * group, seed=seed), []
+    for name in VARIANTS:
+        cpu_library().use(name)
+        found.append(multiply(x, pack(codes, scale, zero, group), outputs, group=group, grid=grid))
+        assert torch.equal(found[0], found[-1]), name
+    largest = x.double().abs().unflatten(1, (-1, group)).amax(-1).repeat_interleave(group, 1)
+    whole = (codes + 16 if grid == Grid.ZERO_CODE else torch.ones_like(codes)) * scale.double().repeat_interleave(
+        group, 1
+    )
+    off = largest @ weight.abs().t() / 16256 / 2 + x.double().abs() @ whole.t() * (
+        2e-6 if grid == Grid.ZERO_CODE else 1e-4
+    )
+    assert bool(((found[0] - x.double() @ weight.t()).abs() <= off + 1e-6).all())
+
+
+@pytest.mark.parametrize("grid", [Grid.ZERO_CODE, Grid.NF4])
+def test_codes_of_checkpoints_are_written_out_to_bf16(grid, variant):
+    codes, scale, zero, weight = on_grid(grid, 48, 32, 96, 1)
+    out, packed = torch.full((96, 32), torch.nan, dtype=torch.bfloat16), pack(codes, scale, zero, 48)
+    cpu_library().call("int4_expand", out.data_ptr(), packed.data_ptr(), 0, 32, 96, 48, grid, None)
+    assert torch.equal(out.t(), weight.float().bfloat16())
+
+
 @pytest.mark.parametrize("first", [0, 16, 32])
 def test_weights_are_written_out_side_by_side(first, variant):
     parts = quantise(random(48, 96))
     out = torch.full((96, 48 - first), torch.nan, dtype=torch.bfloat16)
     packed = pack(*parts)
-    cpu_library().call("int4_expand", out.data_ptr(), packed.data_ptr(), first, 48 - first, 96, GROUP, None)
+    cpu_library().call("int4_expand", out.data_ptr(), packed.data_ptr(), first, 48 - first, 96, GROUP, 0, None)
     codes, scale, zero = (x.float() for x in parts)
     scale, zero = (x.repeat_interleave(GROUP, 1) for x in (scale, zero))
     assert torch.equal(out.t(), (codes * scale + zero).bfloat16()[first:])
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rows": -1}, {"out_features": 0}, {"in_features": 40}, {"group": 12}, {"group": 0}, {"dtype": 7}]
-)
+    "wrong",
+    [{"rows": -1}, {"out_features": 0}, {"in_features": 40}, {"group": 12}, {"group": 0}, {"grid": 3}, {"grid": -1},
+     {"dtype": 7}],
+)  # fmt: skip
 def test_contradictions_are_refused(wrong):
     x = torch.zeros(1, 64)
-    args = {"rows": 1, "out_features": 16, "in_features": 64, "group": 32, "dtype": 0, "out_dtype": 0, **wrong}
+    args = {
+        "rows": 1,
+        "out_features": 16,
+        "in_features": 64,
+        "group": 32,
+        "grid": 0,
+        "dtype": 0,
+        "out_dtype": 0,
+        **wrong,
+    }
     call = cpu_library().function("int4_matmul")
     assert call(x.data_ptr(), x.data_ptr(), x.data_ptr(), None, *args.values(), None) == 1
-    assert call(x.data_ptr(), x.data_ptr(), None, None, 1, 16, 64, 32, 0, 0, None) == 1
+    assert call(x.data_ptr(), x.data_ptr(), None, None, 1, 16, 64, 32, 0, 0, 0, None) == 1
 
 
 def test_padding_and_layout_of_a_tile():

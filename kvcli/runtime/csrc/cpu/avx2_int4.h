@@ -39,7 +39,14 @@ struct Avx2Lanes {
     }
     return out;
   }
-  // 2 * 15 * 127 fits 16 bits, so that the first sum does not saturate
+  static Codes look(const Codes &codes, const uint8_t *table) {
+    const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(table)));
+    Codes out;
+    for (int h = 0; h < 2; h++)
+      for (int i = 0; i < 2; i++) out.half[h].at[i] = _mm256_shuffle_epi8(all, codes.half[h].at[i]);
+    return out;
+  }
+  // 2 * 127 * 127 fits 16 bits, so that the first sum does not saturate
   static Int dot(Int sum, const Int &codes, const int8_t *x) {
     int32_t four;
     std::memcpy(&four, x, sizeof four);
@@ -56,6 +63,10 @@ struct Avx2Lanes {
       out.at[i] = _mm256_cvtepi32_ps(_mm256_add_epi32(h, l));
     }
     return out;
+  }
+  static Float number(const Int &x) { return {{_mm256_cvtepi32_ps(x.at[0]), _mm256_cvtepi32_ps(x.at[1])}}; }
+  static Float product(const Float &x, const Float &y) {
+    return {{_mm256_mul_ps(x.at[0], y.at[0]), _mm256_mul_ps(x.at[1], y.at[1])}};
   }
   static Float times(Float x, float y) {
     for (int i = 0; i < 2; i++) x.at[i] = _mm256_mul_ps(x.at[i], _mm256_set1_ps(y));

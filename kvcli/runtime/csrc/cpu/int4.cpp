@@ -35,8 +35,8 @@ void split_activations(const float *x, int n, int group, int8_t *high, int8_t *l
 
 // Tiles first ... last-1 as bf16 [in_features][stride], outputs side by side from column 0 on.
 KVRT_CLONES
-void expand_tiles(const uint8_t *weights, int in_features, int group, int64_t first, int64_t last, uint16_t *out,
-                  int64_t stride) {
+void expand_tiles(const uint8_t *weights, int in_features, int group, int grid, int64_t first, int64_t last,
+                  uint16_t *out, int64_t stride) {
   for (int64_t tile = first; tile < last; tile++) {
     const uint8_t *w = weights + tile * int4_tile_bytes(in_features, group);
     for (int g = 0; g < in_features; g += group) {
@@ -44,7 +44,11 @@ void expand_tiles(const uint8_t *weights, int in_features, int group, int64_t fi
       std::memcpy(both, w, sizeof both);
       w += sizeof both;
       float scale[kTile], zero[kTile];
-      for (int o = 0; o < kTile; o++) scale[o] = half_to_float(both[o]), zero[o] = half_to_float(both[kTile + o]);
+      for (int o = 0; o < kTile; o++) {
+        scale[o] = half_to_float(both[o]), zero[o] = half_to_float(both[kTile + o]);
+        if (grid == KVRT_GRID_ZERO_CODE) zero[o] *= -scale[o];
+        if (grid == KVRT_GRID_NF4) zero[o] = 0;
+      }
       for (int j = 0; j < group; j += 8, w += 64) {
         uint32_t codes[kTile];
         std::memcpy(codes, w, sizeof codes);
@@ -52,7 +56,8 @@ void expand_tiles(const uint8_t *weights, int in_features, int group, int64_t fi
           const int at = 8 * (i % 4) + 4 * (i / 4);
           uint16_t *y = out + (g + j + i) * stride + tile * kTile;
           for (int o = 0; o < kTile; o++) {
-            const float code = static_cast<float>(static_cast<int32_t>(codes[o] >> at & 15));
+            const int32_t bits = static_cast<int32_t>(codes[o] >> at & 15);
+            const float code = grid == KVRT_GRID_NF4 ? kNf4[bits] : static_cast<float>(bits);
             y[o] = float_to_bfloat(code * scale[o] + zero[o]);
           }
         }
@@ -60,6 +65,8 @@ void expand_tiles(const uint8_t *weights, int in_features, int group, int64_t fi
     }
   }
 }
+
+bool is_grid(int32_t grid) { return grid >= KVRT_GRID_ZERO_WEIGHT && grid <= KVRT_GRID_NF4; }
 
 bool is_shape(int32_t in_features, int32_t group) {
   return group > 0 && group % 8 == 0 && group <= 1024 && in_features > 0 && in_features % group == 0;
@@ -73,8 +80,9 @@ using namespace kvrt;
 extern "C" {
 
 int kvrt_int4_matmul(void *y, const void *x, const void *weights, const void *bias, int64_t rows, int32_t out_features,
-                     int32_t in_features, int32_t group, int32_t dtype, int32_t out_dtype, const kvrt_exec *exec) {
-  if (!is_dtype(dtype) || !is_dtype(out_dtype) || rows < 0 || out_features < 1) return KVRT_INVALID;
+                     int32_t in_features, int32_t group, int32_t grid, int32_t dtype, int32_t out_dtype,
+                     const kvrt_exec *exec) {
+  if (!is_grid(grid) || !is_dtype(dtype) || !is_dtype(out_dtype) || rows < 0 || out_features < 1) return KVRT_INVALID;
   if (!is_shape(in_features, group) || !weights || (rows && (!x || !y))) return KVRT_INVALID;
   const int64_t groups = in_features / group, bytes = rows * in_features;
   const Scratch row(in_features, 1), steps(2 * rows * groups, 1), parts((2 * bytes + 3) / 4, 1);
@@ -88,7 +96,7 @@ int kvrt_int4_matmul(void *y, const void *x, const void *weights, const void *bi
                       sum + r * groups);
   }
   const Int4Job job{static_cast<const uint8_t *>(weights), high, low, scale, sum, bias, y, rows, out_features,
-                    in_features, group, dtype, out_dtype};
+                    in_features, group, grid, dtype, out_dtype};
   const int64_t tiles = (out_features + kTile - 1) / kTile;
   const PageOps &ops = current_ops();
   over_rows(tiles, threads_for(exec, tiles, static_cast<double>(rows) * out_features * in_features),
@@ -97,14 +105,15 @@ int kvrt_int4_matmul(void *y, const void *x, const void *weights, const void *bi
 }
 
 int kvrt_int4_expand(void *out, const void *weights, int32_t first, int32_t count, int32_t in_features, int32_t group,
-                     const kvrt_exec *exec) {
-  if (first < 0 || count < 0 || first % kTile || count % kTile || !is_shape(in_features, group)) return KVRT_INVALID;
+                     int32_t grid, const kvrt_exec *exec) {
+  if (!is_grid(grid) || !is_shape(in_features, group)) return KVRT_INVALID;
+  if (first < 0 || count < 0 || first % kTile || count % kTile) return KVRT_INVALID;
   if (!weights || (count && !out)) return KVRT_INVALID;
   const uint8_t *from = static_cast<const uint8_t *>(weights) + first / kTile * int4_tile_bytes(in_features, group);
   const int64_t tiles = count / kTile;
   over_rows(tiles, threads_for(exec, tiles, static_cast<double>(count) * in_features * 4),
             [&](int64_t a, int64_t b) {
-              expand_tiles(from, in_features, group, a, b, static_cast<uint16_t *>(out), count);
+              expand_tiles(from, in_features, group, grid, a, b, static_cast<uint16_t *>(out), count);
             });
   return KVRT_OK;
 }

@@ -1,0 +1,85 @@
+"""Weights in few bits through the command line: calibrated, evaluated, decoded, and read by another program."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_checks import Run
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[2]
+AUTOGPTQ = "KVCLI_TEST_AUTOGPTQ"  # Python of an environment as docs/weights.md describes
+
+
+@pytest.fixture(scope="module")
+def int4(warm: Run, tinystories: Path, small: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("weights") / "int4"
+    done = warm("calibrate", tinystories, "--bits", 5, *small, "--weights", "int4", "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_artifact_holds_codes_and_says_so(int4):
+    with safe_open(int4 / "model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert {f"model.layers.1.mlp.down_proj.{x}" for x in ("qweight", "qzeros", "scales", "g_idx")} < names
+    assert "model.layers.1.mlp.down_proj.weight" not in names
+    config = json.loads((int4 / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["bits"], config["group_size"]) == ("gptq", 4, 128)
+    assert json.loads((int4 / "quantize_config.json").read_text()) == config
+    manifest = json.loads((int4 / "kvcli.json").read_text())
+    assert manifest["source"]["changed"] == ["quantization_config"]
+    assert manifest["stages"][0]["settings"]["method"] == "precalibrated+gptq"
+    report = json.loads((int4 / "report.json").read_text())["weights"]
+    assert len(report["layers"]) == 14
+    assert all(x["kl_after"] <= x["kl_before"] for x in report["layers"])
+
+
+def test_it_is_evaluated_and_decoded(int4, warm, text):
+    found = warm("eval", int4, *text, "--json")
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["kl"]["mean"] < 0.5
+    said = []
+    for backend in ("reference", "cpu"):
+        done = warm("generate", int4, "Once upon a time", "--max-tokens", 6, "--backend", backend)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0][:8] == said[1][:8] != ""
+
+
+def test_it_is_a_model_to_calibrate_again_but_not_to_quantise_again(int4, warm, small, out):
+    done = warm("calibrate", int4, "--bits", 6, *small, "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert (out / "model.safetensors").read_bytes() == (int4 / "model.safetensors").read_bytes()
+    again = out.with_name("again")
+    done = warm("calibrate", int4, "--bits", 6, *small, "--weights", "int4", "-o", again)
+    assert done.returncode == 3
+    assert "quantised already" in done.stderr
+    assert not again.exists()
+    for path in sorted(out.rglob("*")):
+        path.unlink()
+    out.rmdir()
+
+
+def test_weights_with_ray_are_refused_before_anything_is_loaded(tinystories, warm, out):
+    done = warm("calibrate", tinystories, "--bits", 5, "--weights", "int4", "--ray", "auto", "-o", out)
+    assert done.returncode == 2
+    assert "--weights alone" in done.stderr
+
+
+@pytest.mark.slow
+def test_autogptq_reads_the_same_weights(int4):
+    python = os.environ.get(AUTOGPTQ)
+    if not python:
+        pytest.skip(f"needs {AUTOGPTQ}, the Python of an environment with AutoGPTQ: see docs/weights.md")
+    script = ROOT / "benchmarks/autogptq_reader.py"
+    done = subprocess.run([sys.executable, script, int4, "--python", python], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert found["largest_weight_difference"] == 0
+    assert found["largest_logit_difference"] < 1e-3 * found["largest_logit"]
