@@ -21,7 +21,7 @@ from kvcli.quant.prediction import Linear, Predictor, Source
 from kvcli.runtime.packed_cache import PackedCache
 from kvcli.runtime.packed_layer import PackedLayer
 
-TOKENS = 70
+TOKENS = 72
 TOKEN, CHANNEL = KVFormat(3, group=8), KVFormat(4, axis="channel", group=16)
 SETTINGS: dict[str, dict[str, Any]] = {
     "windowed": {"k": CHANNEL, "v": TOKEN, "block_size": 16, "sink_tokens": 3, "residual_window": 5},
