@@ -14,7 +14,7 @@ from kvcli.engine.config import EngineConfig, EngineStats
 from kvcli.engine.geometry import Geometry
 from kvcli.engine.request import FinishReason, Output, Request, TokenLogprob, Usage
 from kvcli.engine.runner import EngineRunner
-from kvcli.engine.sampler import Sampled, SamplerState, sample
+from kvcli.engine.sampler import Sampled, SamplerState, sample, scored
 from kvcli.engine.scheduler import Scheduler, Sequence
 from kvcli.engine.text import Detokenizer, StopStrings, TokenText
 from kvcli.errors import KvcliError, UsageError
@@ -33,6 +33,8 @@ class Choice(Sequence):
         Tokens of prompt and answer at the most.
     sampler, text, stops
         Its own samplers of tokens and text.
+    prompt_scores
+        Of the prompt's tokens from the second on, as far as they were wanted and are known.
     """
 
     request: Request
@@ -41,9 +43,12 @@ class Choice(Sequence):
     sampler: SamplerState
     text: Detokenizer
     stops: StopStrings = field(init=False)
+    prompt_scores: list[Sampled] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.stops = StopStrings(self.request.params.stop)
+        if self.request.params.prompt_logprobs is not None and self.prompt_tokens > 1:
+            self.scored = 0
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,7 @@ class Engine:
             raise KvcliError("the engine cannot place a sequence that it has accepted.")
         ready: list[Any] = list(step.decode)
         found: list[Tensor] = []
+        failed: list[Output | Failure] = []
         for choice in ready:
             cache.place(choice.table.slot, choice.table.pages, choice.held)
         if ready:
@@ -174,12 +180,20 @@ class Engine:
             assert choice.table is not None
             cache.place(choice.table.slot, choice.table.pages, choice.held)
             chunk = choice.tokens[choice.held : choice.held + count]
-            logits = self.runner.extend(choice.table.slot, chunk, logits=count == choice.pending)
+            end, last = choice.held + count, count == choice.pending
+            rows = int(last) if choice.scored is None else max(int(last), end - max(choice.held, choice.scored))
+            logits = self.runner.extend(choice.table.slot, chunk, logits=rows)
             self._advance(choice, count)
-            if logits is not None:
+            if logits is not None and choice.scored is not None:
+                try:
+                    self._score_prompt(choice, logits)  # type: ignore[arg-type]
+                except Exception as error:
+                    failed.append(self._fail(choice, error))  # type: ignore[arg-type]
+                    continue
+            if logits is not None and last:
                 ready.append(choice)
-                found.append(logits)
-        return self._sample(ready, found[0] if len(found) == 1 else torch.cat(found)) if ready else []
+                found.append(logits[-1:])
+        return failed + (self._sample(ready, found[0] if len(found) == 1 else torch.cat(found)) if ready else [])
 
     def stats(self) -> EngineStats:
         """Return what the engine is doing."""
@@ -203,6 +217,15 @@ class Engine:
             self._tokens_in += count
         self.scheduler.advance(choice, count)
 
+    def _score_prompt(self, choice: Choice, logits: Tensor) -> None:
+        """Note what the newest tokens in the cache, one a row, say of the prompt's next."""
+        assert choice.scored is not None
+        first, end = choice.held - len(logits), choice.prompt_tokens - 1
+        tokens = choice.tokens[first + 1 : min(choice.held, end) + 1]
+        likeliest = choice.request.params.prompt_logprobs or 0
+        choice.prompt_scores += scored(logits[: len(tokens)], tokens, [likeliest] * len(tokens))
+        choice.scored = choice.held if choice.held < end else None
+
     def _sample(self, choices: list[Choice], logits: Tensor) -> list[Output | Failure]:
         """Choose a token for each; if that fails for one, only that one ends."""
         try:
@@ -216,10 +239,13 @@ class Engine:
                     raise found
                 out.append(self._take(choice, found))
             except Exception as error:
-                self._end(choice)
-                self._aborted += 1
-                out.append(Failure(choice.request.id, choice.index, error))
+                out.append(self._fail(choice, error))
         return out
+
+    def _fail(self, choice: Choice, error: Exception) -> Failure:
+        self._end(choice)
+        self._aborted += 1
+        return Failure(choice.request.id, choice.index, error)
 
     def _sample_one(self, choice: Choice, logits: Tensor) -> Sampled | Exception:
         try:
@@ -256,9 +282,13 @@ class Engine:
             usage = self._end(choice)
         logprob = None if sampled.logprob is None else self._logprob(sampled.token, sampled.logprob)
         top = tuple(self._logprob(*x) for x in sampled.top)
-        return Output(choice.request.id, choice.index, sampled.token, text, logprob, top, reason, usage)
+        prompt: tuple[tuple[TokenLogprob, tuple[TokenLogprob, ...]], ...] = ()
+        if choice.request.params.prompt_logprobs is not None and len(choice.tokens) == choice.prompt_tokens + 1:
+            scores = [Sampled(choice.tokens[0]), *choice.prompt_scores]
+            prompt = tuple((self._logprob(x.token, x.logprob), tuple(self._logprob(*y) for y in x.top)) for x in scores)
+        return Output(choice.request.id, choice.index, sampled.token, text, logprob, top, reason, usage, prompt)
 
-    def _logprob(self, token: int, logprob: float) -> TokenLogprob:
+    def _logprob(self, token: int, logprob: float | None) -> TokenLogprob:
         return TokenLogprob(token, logprob, *self._token_text(token))
 
     def _end(self, choice: Choice) -> Usage:

@@ -65,6 +65,8 @@ class SamplingParams:
     logprobs
         Report the log-probability of each token, and those of so many of the likeliest; None for none. They are the
         model's own, before temperature and penalties.
+    prompt_logprobs
+        The same for the tokens of the prompt. Such a prompt is computed whole, whatever the prefix cache has of it.
     n
         Answers to one prompt.
     logit_bias
@@ -85,6 +87,7 @@ class SamplingParams:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     ignore_eos: bool = False
@@ -103,8 +106,9 @@ class SamplingParams:
         _within("n", self.n, 1, MAX_CHOICES)
         if self.seed is not None:
             _within("seed", self.seed, -MAX_SEED, MAX_SEED - 1)
-        if self.logprobs is not None:
-            _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name, asked in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if asked is not None:
+                _within(name, asked, 0, MAX_LOGPROBS)
         if len(self.stop) > MAX_STOPS:
             raise UsageError(f"{len(self.stop)} stop strings are more than {MAX_STOPS}.")
         if not all(0 < len(x) <= MAX_STOP_LENGTH for x in self.stop):
@@ -167,10 +171,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's natural-log probability, its text as far as it is valid UTF-8, and its bytes."""
+    """A token's natural-log probability, its text as far as it is valid UTF-8, and its bytes.
+
+    The first token of a prompt has no probability, for nothing comes before it.
+    """
 
     token_id: int
-    logprob: float
+    logprob: float | None
     text: str
     bytes: bytes
 
@@ -194,6 +201,8 @@ class Output:
         ``abort``.
     usage
         With ``finish_reason``.
+    prompt_logprobs
+        In the first event, if asked for: of each token of the prompt, with the likeliest in its place.
     """
 
     request_id: str
@@ -204,3 +213,4 @@ class Output:
     top_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    prompt_logprobs: tuple[tuple[TokenLogprob, tuple[TokenLogprob, ...]], ...] = ()

@@ -119,7 +119,13 @@ class EngineRunner(ModelRunner):
         return self._logits[:rows]
 
     @torch.no_grad()
-    def extend(self, slot: int, tokens: Sequence[int], *, logits: bool) -> Tensor | None:
-        """Feed a chunk of tokens to the sequence in a slot; return the last one's logits, float32 [1, vocabulary]."""
+    def extend(self, slot: int, tokens: Sequence[int], *, logits: int) -> Tensor | None:
+        """Feed a chunk of tokens to the sequence in a slot; return the logits of so many of the last ones.
+
+        Returns
+        -------
+        Tensor
+            float32 [logits, vocabulary], None for 0.
+        """
         hidden = self._run_chunk(torch.tensor(tokens), slot, self.chunk)
-        return self._logits_of(hidden[-1:]) if logits else None
+        return self._logits_of(hidden[-logits:]) if logits else None

@@ -18,6 +18,7 @@ from kvcli.engine.request import SamplingParams
 from kvcli.errors import KvcliError
 
 NEAR = 512  # likeliest tokens looked at first for top_p: sorting all of a vocabulary costs milliseconds
+NOT_NUMBERS = "the model's scores are not numbers."
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
         If a row is not a number anywhere: the model broke down.
     """
     if torch.isnan(logits.sum()) and torch.isnan(logits).any():
-        raise KvcliError("the model's scores are not numbers.")
+        raise KvcliError(NOT_NUMBERS)
     scores = logits
     bent = [row for row, state in enumerate(states) if not state.is_plain]
     if bent:
@@ -117,7 +118,10 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
         tokens[drawn] = draw(scores[drawn], [states[row] for row in drawn])
     chosen: list[int] = tokens.tolist()
     asked = [row for row, state in enumerate(states) if state.params.logprobs is not None]
-    found = dict(zip(asked, _logprobs(logits, asked, chosen, states), strict=True)) if asked else {}
+    found: dict[int, Sampled] = {}
+    if asked:
+        likeliest = [states[row].params.logprobs or 0 for row in asked]
+        found = dict(zip(asked, scored(logits[asked], [chosen[row] for row in asked], likeliest), strict=True))
     return [found.get(row) or Sampled(token) for row, token in enumerate(chosen)]
 
 
@@ -179,14 +183,28 @@ def _nucleus_floor(scores: Tensor, floor: Tensor, top_p: float) -> Tensor:
         near = min(near * 16, len(scores))
 
 
-def _logprobs(
-    logits: Tensor, rows: Sequence[int], chosen: Sequence[int], states: Sequence[SamplerState]
-) -> list[Sampled]:
-    """Return the choices of some rows with their log-probabilities."""
-    table = logits[list(rows)].log_softmax(-1)
+def scored(logits: Tensor, tokens: Sequence[int], likeliest: Sequence[int]) -> list[Sampled]:
+    """Return given tokens with their log-probabilities.
+
+    Parameters
+    ----------
+    logits
+        float32 [rows, vocabulary].
+    tokens
+        One a row.
+    likeliest
+        How many of the likeliest tokens to report beside each.
+
+    Raises
+    ------
+    KvcliError
+        If the scores are not numbers.
+    """
+    if torch.isnan(logits).any():
+        raise KvcliError(NOT_NUMBERS)
     out = []
-    for line, row in zip(table, rows, strict=True):
-        best = line.topk(min(states[row].params.logprobs or 0, len(line)))
+    for line, token, count in zip(logits.log_softmax(-1), tokens, likeliest, strict=True):
+        best = line.topk(min(count, len(line)))
         top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        out.append(Sampled(chosen[row], float(line[chosen[row]]), top))
+        out.append(Sampled(token, float(line[token]), top))
     return out

@@ -35,6 +35,9 @@ class Sequence:
         Its cache while it is swapped out.
     cuts
         Lengths at which its slot is kept for others.
+    scored
+        The place of the first prompt token whose scores are still wanted, so that everything from there on must be
+        computed and not only found; None if none is wanted.
     cached_tokens
         Prompt tokens found in the prefix cache, None before it was looked up.
     """
@@ -46,6 +49,7 @@ class Sequence:
     table: Table | None = None
     saved: Any = None
     cuts: set[int] = field(default_factory=set)
+    scored: int | None = None
     cached_tokens: int | None = None
 
     @property
@@ -184,7 +188,7 @@ class Scheduler:
             if table is None:
                 return False
         else:
-            opened = blocks.open(tokens, len(tokens) - 1)
+            opened = blocks.open(tokens, len(tokens) - 1 if sequence.scored is None else sequence.scored)
             if opened is None:
                 return False
             table, sequence.held, known = opened

@@ -21,7 +21,7 @@ from kvcli.plan import CachePlan
 from kvcli.quant import grids
 from kvcli.quant.format import KVFormat
 
-VERSION = 1
+VERSION = 2
 LIBRARIES = Path(__file__).parent / "lib"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PACKED, EXACT, ALL = 1, 2, 3

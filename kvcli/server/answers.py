@@ -145,11 +145,13 @@ class Choice:
 
     def __post_init__(self) -> None:
         self.logprobs: list[tuple[TokenLogprob, tuple[TokenLogprob, ...]]] = []
+        self.prompt_logprobs: tuple[tuple[TokenLogprob, tuple[TokenLogprob, ...]], ...] = ()
 
     def add(self, output: Output) -> None:
         """Take one output in."""
         self.text += output.text
         self.finish_reason = output.finish_reason or self.finish_reason
+        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
         if output.logprob is not None:
             self.logprobs.append((output.logprob, output.top_logprobs))
 

@@ -14,6 +14,7 @@ from kvcli.server.schemas import ChatRequest, CompletionRequest
 from kvcli.server.streaming import event
 
 Logprob = tuple[TokenLogprob, Sequence[TokenLogprob]]
+NEAR = 4  # characters of a text that no token may stand for, before the next one that does
 
 
 class Reply(Protocol):
@@ -105,7 +106,7 @@ class CompletionReply(_Reply):
             schemas.CompletionChoice(
                 index=i,
                 text=self._echo(i) + x.text,
-                logprobs=schemas.CompletionLogprobs(**self._logprobs(i, x.logprobs)) if self._wants_logprobs else None,
+                logprobs=self._all_logprobs(i, x.prompt_logprobs, x.logprobs) if self._wants_logprobs else None,
                 finish_reason=cast(Any, x.finish_reason),
             )
             for i, x in enumerate(choices)
@@ -113,15 +114,19 @@ class CompletionReply(_Reply):
         return schemas.Completion(**self._facts, choices=shaped, usage=usage_body(usage))  # type: ignore[arg-type]
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """Return the prompt, if it is to be repeated."""
-        return self._shape(index, self._echo(index), None, None) if self._echoed else None
+        """Return the prompt, if it is to be repeated; with log-probabilities it comes with the first token."""
+        if not self._echoed or self._wants_logprobs:
+            return None
+        return self._shape(index, self._echo(index), None, None)
 
     def part(self, index: int, output: Output) -> dict[str, Any]:
         """Return a choice as one event has it."""
         found = None
         if output.logprob is not None:
-            found = self._logprobs(index, [(output.logprob, output.top_logprobs)])
-        return self._shape(index, output.text, found, output.finish_reason)
+            new = [(output.logprob, output.top_logprobs)]
+            found = self._all_logprobs(index, output.prompt_logprobs, new).model_dump()
+        text = self._echo(index) + output.text if output.prompt_logprobs else output.text
+        return self._shape(index, text, found, output.finish_reason)
 
     def _echo(self, index: int) -> str:
         return self._echoed[index // self._n] if self._echoed else ""
@@ -129,22 +134,40 @@ class CompletionReply(_Reply):
     def _shape(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, index: int, found: Sequence[Logprob]) -> dict[str, Any]:
-        offsets = []
+    def _all_logprobs(
+        self, index: int, prompt: Sequence[Logprob], found: Sequence[Logprob]
+    ) -> schemas.CompletionLogprobs:
+        offsets = _offsets([token.text for token, _ in prompt], self._echo(index))
+        at = self._offsets.get(index, len(self._echo(index)))
         for token, _ in found:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(token.text)
-        return {
-            "tokens": [token.text for token, _ in found],
-            "token_logprobs": [_finite(token) for token, _ in found],
-            "top_logprobs": [_by_text(token, top) for token, top in found],
-            "text_offset": offsets,
-        }
+            offsets.append(at)
+            at += len(token.text)
+        self._offsets[index] = at
+        every = [*prompt, *found]
+        return schemas.CompletionLogprobs(
+            tokens=[token.text for token, _ in every],
+            token_logprobs=[None if token.logprob is None else _finite(token.logprob) for token, _ in every],
+            top_logprobs=[None if token.logprob is None else _by_text(token, top) for token, top in every],
+            text_offset=offsets,
+        )
+
+
+def _offsets(tokens: Sequence[str], text: str) -> list[int]:
+    """Return where tokens begin in a text that lacks some: special ones, parts of characters, a first space."""
+    out, at = [], 0
+    for token in tokens:
+        found = text.find(token, at, at + len(token) + NEAR)
+        if found < 0 and text.startswith(token.lstrip(" "), at):
+            found, token = at, token.lstrip(" ")
+        out.append(max(found, at))
+        at = found + len(token) if found >= 0 else at
+    return out
 
 
 def _by_text(token: TokenLogprob, top: Sequence[TokenLogprob]) -> dict[str, float]:
     """Return the likeliest tokens and the chosen one by their text; of two with one text the likelier."""
-    return {x.text: _finite(x) for x in sorted((token, *top), key=lambda x: x.logprob)}
+    known = [(_finite(x.logprob), x.text) for x in (token, *top) if x.logprob is not None]
+    return {text: logprob for logprob, text in sorted(known)}
 
 
 class ChatReply(_Reply):
@@ -199,9 +222,9 @@ def _chat_logprobs(found: Sequence[Logprob]) -> schemas.ChatLogprobs:
 
 
 def _fields(x: TokenLogprob) -> dict[str, Any]:
-    return {"token": x.text, "logprob": _finite(x), "bytes": list(x.bytes)}
+    return {"token": x.text, "logprob": None if x.logprob is None else _finite(x.logprob), "bytes": list(x.bytes)}
 
 
-def _finite(x: TokenLogprob) -> float:
+def _finite(logprob: float) -> float:
     """Return a log-probability that JSON can hold; OpenAI writes -9999 for what cannot be."""
-    return max(x.logprob, -9999.0)
+    return max(logprob, -9999.0)

@@ -98,7 +98,10 @@ def api(engine: ServingEngine, model: ServedModel, settings: Settings, metrics: 
         prompts = await model.encode_all(body.prompts)
         echoed = [x if isinstance(x, str) else await model.decode(x) for x in body.prompts] if body.echo else []
         tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-        params = body.params(model.sampling, max_tokens=tokens, logprobs=body.logprobs)
+        params = body.params(
+            model.sampling, max_tokens=tokens, logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )  # fmt: skip
         return await face.answer(request, replies.CompletionReply(model.name, body, echoed), prompts, params)
 
     @router.post("/v1/chat/completions", response_model=schemas.ChatCompletion, responses=_STREAM)

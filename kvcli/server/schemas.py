@@ -83,7 +83,14 @@ class _Sampling(_Ignored):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def params(self, recommended: dict[str, Any], *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def params(
+        self,
+        recommended: dict[str, Any],
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
         """Return the engine's parameters.
 
         What is left out is as the checkpoint recommends, or else as OpenAI has it.
@@ -99,6 +106,7 @@ class _Sampling(_Ignored):
             **chosen,
             max_tokens=max_tokens,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logit_bias={int(k): v for k, v in (self.logit_bias or {}).items()},
@@ -116,7 +124,9 @@ class CompletionRequest(_Sampling):
     ) = Field(description="A text, its tokens, or several of either.")
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = Field(None, description="16 if left out.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    echo: bool | None = Field(None, description="Put the prompt before the answer; not together with logprobs.")
+    echo: bool | None = Field(
+        None, description="Put the prompt before the answer; with logprobs, those of its tokens too."
+    )
     best_of: Annotated[int, Field(ge=1, le=MAX_PROMPTS)] | None = Field(None, description="Only what n is.")
     suffix: Annotated[str, StringConstraints(max_length=0)] | None = None
 
@@ -124,8 +134,6 @@ class CompletionRequest(_Sampling):
     def _refuse_what_is_not_done(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of other than n is not supported")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo together with logprobs is not supported")
         return self
 
     @property
@@ -245,11 +253,11 @@ class UsageBody(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """One entry per token; offsets in characters of the choice's text."""
+    """One entry per token; offsets in characters of the choice's text. The first token of a prompt has no others."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -85,9 +85,12 @@ class ScriptedEngine:
             if self.failed or request.id in self.aborted:
                 break
             for index in range(params.n):
+                prompt: tuple[tuple[TokenLogprob, tuple[TokenLogprob, ...]], ...] = ()
+                if params.prompt_logprobs is not None and i == 0:
+                    prompt = tuple((_logprob(x, -2.0 if at else None), ()) for at, x in enumerate(request.prompt))
                 logprob = None if params.logprobs is None else TokenLogprob(i, -0.5, character, character.encode())
                 self.tokens_out += 1
-                yield Output(request.id, index, i, character, logprob, top)
+                yield Output(request.id, index, i, character, logprob, top, prompt_logprobs=prompt)
         if self.failed:
             raise EngineStopped("the engine has failed.")
         if request.id in self.aborted:
@@ -130,7 +133,7 @@ class ScriptedEngine:
         self.stopped = True
 
 
-def _logprob(token: int, value: float) -> TokenLogprob:
+def _logprob(token: int, value: float | None) -> TokenLogprob:
     return TokenLogprob(token, value, chr(token), bytes([token]))
 
 

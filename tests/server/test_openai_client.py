@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from serving import ANSWER, CONTEXT, ScriptedEngine, app_of, eventually, listening
 
+from kvcli.server import replies
 from kvcli.server.served import Settings
 
 openai = pytest.importorskip("openai")
@@ -111,6 +112,38 @@ def test_logprobs_of_completions(api):
     streamed = [x.choices[0].logprobs for x in api.completions.create(**asked, stream=True) if x.choices[0].text]
     assert [x.text_offset for x in streamed] == [[0], [1], [2], [3]]
     assert [x.tokens[0] for x in streamed] == found.tokens
+
+
+def test_logprobs_of_the_prompt_come_with_echo(api, engine):
+    asked = {"model": "scripted", "prompt": ["abc", "de"], "max_tokens": 3, "logprobs": 1, "echo": True}
+    whole = api.completions.create(**asked)
+    assert [x.params.prompt_logprobs for x in engine.requests] == [1, 1]
+    for choice, prompt in zip(whole.choices, ("abc", "de"), strict=True):
+        assert choice.text == prompt + ANSWER[:3]
+        found = choice.logprobs
+        assert found.token_logprobs == [None] + [-2.0] * (len(found.tokens) - 4) + [-0.5] * 3
+        assert found.top_logprobs[0] is None
+        assert found.top_logprobs[-1] == {ANSWER[2]: -0.5, "a": -1}
+        assert found.text_offset[-3:] == [len(prompt), len(prompt) + 1, len(prompt) + 2]
+    texts, lists = ["", ""], [[], []]
+    for part in api.completions.create(**asked, stream=True):
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+            if choice.logprobs is not None:
+                found = choice.logprobs
+                lists[choice.index] += zip(
+                    found.tokens, found.token_logprobs, found.top_logprobs, found.text_offset, strict=True
+                )
+    assert texts == [x.text for x in whole.choices]
+    for choice, found in zip(whole.choices, lists, strict=True):
+        x = choice.logprobs
+        assert found == list(zip(x.tokens, x.token_logprobs, x.top_logprobs, x.text_offset, strict=True))
+
+
+def test_offsets_point_into_the_text_even_where_tokens_are_not_in_it():
+    replacement = "\N{REPLACEMENT CHARACTER}"
+    tokens = ["<s>", " Once", " upon", replacement, replacement, " a"]
+    assert replies._offsets(tokens, "Once upon\N{SNOWMAN} a") == [0, 0, 4, 9, 9, 10]
 
 
 def test_chat(api, engine):

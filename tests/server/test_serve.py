@@ -14,11 +14,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from serving import eventually
 
+from kvcli.artifact.reader import open_artifact
 from kvcli.cli.serve import parse_size
 from kvcli.errors import UsageError
+from kvcli.models.loading import load
 from kvcli.runtime import kvrt
+from kvcli.runtime.runner import ModelRunner
 
 try:
     kvrt.library("cpu")
@@ -207,6 +211,45 @@ def test_the_harness_runs_against_it(serving, tmp_path, monkeypatch):
     )  # fmt: skip
     assert len(found["samples"]["stories"]) == 3
     assert all(x["filtered_resps"][0] for x in found["samples"]["stories"])
+
+
+@pytest.mark.slow
+def test_the_harness_scores_continuations_against_it(serving, artifact, client, monkeypatch):
+    """lm-evaluation-harness, as its tasks of multiple choice do: echo with logprobs."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    model = LocalCompletionsAPI(
+        base_url=f"{serving.url}/v1/completions", tokenizer_backend="huggingface", tokenizer=str(artifact),
+        model=client.get("/v1/models").json()["data"][0]["id"], batch_size=2, num_concurrent=1, max_length=256,
+    )  # fmt: skip
+    begin = "Once upon a time"
+    pairs = [
+        (begin, complete(client)["choices"][0]["text"]),
+        (begin, " zebras flew"),
+        ("The dog", " was big and happy"),
+    ]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    found = model.loglikelihood(requests)
+    for (context, continuation), (logprob, greedy) in zip(pairs, found, strict=True):
+        prompt, rest = model._encode_pair(context, continuation)
+        expected, likeliest = forced(artifact, prompt, rest)
+        assert len(rest) > 1
+        assert logprob == pytest.approx(expected, abs=1e-3)
+        assert greedy == likeliest
+
+
+def forced(artifact: Path, prompt: list[int], rest: list[int]) -> tuple[float, bool]:
+    """The continuation's log-probability by the runner, and whether it is the greedy answer."""
+    opened = open_artifact(artifact)
+    loaded = load(str(artifact), dtype=opened.plan.dtype)
+    ids = torch.tensor([*prompt, *rest])
+    runner = ModelRunner(loaded, opened.plan, opened.tensors(), capacity=len(ids), threads=1, deterministic=True)
+    table, _ = runner.log_probs(ids, scored=len(rest))
+    wanted = ids[len(prompt) :]
+    return float(table.gather(1, wanted[:, None]).sum()), bool((table.argmax(-1) == wanted).all())
 
 
 @pytest.mark.slow

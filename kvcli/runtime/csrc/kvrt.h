@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define KVRT_VERSION 1
+#define KVRT_VERSION 2
 
 #if defined(_WIN32)
 #define KVRT_API __declspec(dllexport)
