@@ -20,6 +20,7 @@ from kvcli.calibration.measuring import (
     Measuring,
     check_probe,
 )
+from kvcli.calibration.objectives import TaskObjective, TaskScorer
 from kvcli.calibration.refine import Tried, predicted
 from kvcli.calibration.relative_errors import RelativeErrors, measure
 from kvcli.calibration.sensitivity import Sensitivity
@@ -58,7 +59,7 @@ def best_setting(found: Sensitivity, context: int) -> Setting:
 
 def search(
     work: Measuring, costs: Sensitivity, ids: Tensor, budget: Budget, sampler: kvtuner.Sampler, *, trials: int,
-    seed: int,
+    seed: int, task: TaskObjective | None = None,
 ) -> tuple[list[Tried], kvtuner.Front]:  # fmt: skip
     """Search as the paper does, and return the best plan within the budget and the whole front.
 
@@ -74,11 +75,15 @@ def search(
         Ceiling on bits, and the search's soft cap.
     sampler, trials, seed
         Of the multi-objective search.
+    task
+        Whose errors (1 - score) are minimised beside bits, instead of KL.
 
     Raises
     ------
     BudgetError
         If no plan that the search reached meets the budget.
+    InputError
+        If the task's items cannot be had.
     UsageError
         If Optuna is not installed.
     """
@@ -99,11 +104,14 @@ def search(
     settings: dict[str, Any] = {
         "sampler": sampler, "trials": trials, "seed": seed, "cap": budget.bits, "context": budget.context,
         "nominal": budget.nominal, "windows": CHECK_WINDOWS, "tokens": ids.shape[1],
+        **({} if task is None else {"task": task.to_json()}),
     }  # fmt: skip
     storage = stages.file("search", settings=settings, inputs=["errors"], suffix=".sqlite")
 
+    score = task and TaskScorer(task, work.loaded, work.tensors, CachePlan(tuple(geometry), dtype=dtype))
+
     def evaluate(plan: CachePlan) -> float:
-        return check.cost_of(plan).kl
+        return 1 - float(score(plan)["score"]) if score else check.cost_of(plan).kl
 
     front = kvtuner.Front.from_json(stages.run(
         "search", lambda step: kvtuner.search(

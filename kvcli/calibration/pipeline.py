@@ -24,6 +24,7 @@ from kvcli.calibration import refine, sensitivity, surrogate
 from kvcli.calibration.capture import layer_inputs
 from kvcli.calibration.corpora import Corpus
 from kvcli.calibration.measuring import Measuring, check_probe, nll_per_kl
+from kvcli.calibration.objectives import TaskObjective
 from kvcli.calibration.refine import Tried
 from kvcli.calibration.sensitivity import Sensitivity
 from kvcli.calibration.space import SearchSpace, load_recipe, recipe_names
@@ -142,6 +143,7 @@ def calibrate(
     recipe: str = "balanced",
     search: Search = "surrogate",
     trials: int = 200,
+    task: TaskObjective | None = None,
     seed: int = 0,
     means: dict[str, Tensor] | None = None,
     fresh: bool = False,
@@ -165,8 +167,8 @@ def calibrate(
     search
         ``surrogate``: the exact optimum of the additive model, and plans around it measured end to end; or KVTuner's
         own search by Optuna's NSGA-II or by MOEA/D, whose front goes into the report.
-    trials, seed
-        Of KVTuner's search.
+    trials, task, seed
+        Of KVTuner's search; a task's errors take the place of KL.
     means
         What centred layers take off, instead of the plain means; the model's hash stands for them in stages.
     fresh
@@ -215,7 +217,7 @@ def calibrate(
             tried, chosen = refine.search(work, costs, ids, budget.bits, budget.context, nominal=budget.nominal)
         else:
             sampler = paper_search.SAMPLERS[search]
-            tried, front = paper_search.search(work, costs, ids, budget, sampler, trials=trials, seed=seed)
+            tried, front = paper_search.search(work, costs, ids, budget, sampler, trials=trials, seed=seed, task=task)
             chosen, more = 0, {"front": front.to_json()}
     scale = median(x.cost.kl / x.predicted_kl for x in tried)
     report = {

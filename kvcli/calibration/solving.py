@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,6 +14,7 @@ from kvcli.artifact.reader import Artifact
 from kvcli.artifact.writer import ArtifactWriter
 from kvcli.calibration import adapting, corpora
 from kvcli.calibration.measuring import check_probe
+from kvcli.calibration.objectives import TaskScorer
 from kvcli.calibration.pipeline import Budget, check_budget, curve, summary
 from kvcli.calibration.sensitivity import Cost, Probe, Sensitivity
 from kvcli.calibration.surrogate import Frontiers, Solution, solve
@@ -22,7 +23,7 @@ from kvcli.models.loading import LoadedModel
 from kvcli.plan import CachePlan, LayerPlan
 from kvcli.runtime.packed_cache import ATTENTION
 
-Objective = Literal["kl", "ppl"]
+OBJECTIVES = ("kl", "ppl")  # besides tasks
 CANDIDATES = 4  # settings whose best plans are measured for a budget, where measuring was asked for
 ATTEMPTS = 6  # budgets that are measured on the way to a loss
 STEP = 0.01  # bits: how closely a loss is met
@@ -43,12 +44,15 @@ class Solved:
         By how many per cent perplexity is predicted to grow.
     measured
         What it cost on calibration text, if that was measured.
+    task
+        How it did on the task that was to decide, as :func:`kvcli.evaluation.tasks.summarize`, with its name.
     """
 
     plan: CachePlan
     predicted_kl: float
     predicted_ppl_pct: float
     measured: Cost | None = None
+    task: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what was predicted and measured as plain JSON."""
@@ -56,6 +60,7 @@ class Solved:
         return {
             "predicted_kl": self.predicted_kl, "measured_kl": kl,
             "predicted_ppl_pct": self.predicted_ppl_pct, "measured_ppl_pct": ppl,
+            **({} if self.task is None else {"task": self.task}),
         }  # fmt: skip
 
 
@@ -95,12 +100,16 @@ class Solver:
         """Raise :class:`BudgetError`, naming the least reachable, if no plan meets the budget."""
         check_budget(self.found.space, self.found.geometry, budget, self.found.dtype)
 
-    def within_bits(self, budget: Budget, probe: Probe | None = None, objective: Objective = "kl") -> Solved:
+    def within_bits(
+        self, budget: Budget, probe: Probe | None = None, objective: str | TaskScorer = "kl",
+        step: Callable[[], None] = lambda: None,
+    ) -> Solved:  # fmt: skip
         """Return the plan of least predicted loss within a budget.
 
         With a probe the best plans of the leading settings are measured, and the best measured one is returned: by KL,
-        or by the loss on the text for objective ``ppl``. Without, both objectives have one optimum, for perplexity is
-        predicted from KL (see :func:`kvcli.calibration.measuring.nll_per_kl`).
+        by the loss on the text for objective ``ppl``, or by the score on a task, where equal scores leave it to KL.
+        Without, ``kl`` and ``ppl`` have one optimum, for perplexity is predicted from KL (see
+        :func:`kvcli.calibration.measuring.nll_per_kl`).
 
         Raises
         ------
@@ -110,7 +119,13 @@ class Solver:
         solutions = solve(self.found, budget.bits, budget.context, nominal=budget.nominal)
         if probe is None:
             return self._solved(solutions[0])
-        measured = [self._solved(s, probe.cost_of(s.plan)) for s in solutions[:CANDIDATES]]
+        measured = []
+        for found in solutions[:CANDIDATES]:
+            solved = self._solved(found, probe.cost_of(found.plan))
+            if isinstance(objective, TaskScorer):
+                solved = replace(solved, task={"name": objective.objective.name, **objective(found.plan)})
+            measured.append(solved)
+            step()
         return min(measured, key=lambda x: _loss(x, objective))
 
     def within_loss(
@@ -229,18 +244,21 @@ def probe_of(artifact: Artifact, loaded: LoadedModel, corpus: corpora.Corpus) ->
 @torch.no_grad()
 def find(
     solver: Solver, budget: Budget | None, most_kl: float | None, context: int, probe: Probe | None, *,
-    nominal: bool, objective: Objective = "kl", step: Callable[[], None] = lambda: None,
+    nominal: bool, objective: str | TaskScorer = "kl", step: Callable[[], None] = lambda: None,
 ) -> Solved:  # fmt: skip
     """Solve for a budget, or for a loss where there is none."""
     if budget is not None:
-        return solver.within_bits(budget, probe, objective)
+        return solver.within_bits(budget, probe, objective, step)
     assert most_kl is not None
     return solver.within_loss(most_kl, context, probe, nominal=nominal, step=step)
 
 
-def _loss(solved: Solved, objective: Objective) -> float:
+def _loss(solved: Solved, objective: str | TaskScorer) -> tuple[float, float]:
     assert solved.measured is not None
-    return solved.measured.kl if objective == "kl" else solved.measured.delta_nll
+    cost = solved.measured
+    if solved.task is not None:
+        return -solved.task["score"], cost.kl
+    return (cost.kl if objective == "kl" else cost.delta_nll), 0.0
 
 
 def _bits(plan: CachePlan, context: int, nominal: bool) -> float:

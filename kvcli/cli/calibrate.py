@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from kvcli.cli.console import emit, progress, say
-from kvcli.cli.options import JsonFlag, SeedOption, ThreadsOption, TrustRemoteCode, option
+from kvcli.cli.options import JsonFlag, SeedOption, TaskData, TaskItems, ThreadsOption, TrustRemoteCode, option
 from kvcli.cli.shared import plan_summary, show_plan
 from kvcli.errors import UsageError
 
@@ -56,6 +56,16 @@ def calibrate(
         option("--search", help="How plans are found: by kvcli's surrogate, or by KVTuner's multi-objective search."),
     ] = "surrogate",
     trials: Annotated[int, option("--trials", min=1, help="Plans that KVTuner's search tries.")] = 200,
+    objective: Annotated[
+        str,
+        option(
+            "--objective",
+            metavar="kl|task:NAME",
+            help="What KVTuner's search weighs against bits: KL, or the errors on a task of kvcli eval.",
+        ),
+    ] = "kl",
+    task_items: TaskItems = 24,
+    task_data: TaskData = None,
     transforms: Annotated[
         Literal["recipe", "learned", "none"],
         option("--transforms", help="Learn transforms and fuse them: as the recipe says, with the defaults, or not."),
@@ -112,6 +122,7 @@ def calibrate(
     from kvcli.artifact.writer import check_target
     from kvcli.calibration import adapting, corpora, fixed, pipeline, presets, quantized_weights, transforming
     from kvcli.calibration.learn_settings import LearnSettings
+    from kvcli.calibration.objectives import TaskObjective, task_name
     from kvcli.calibration.space import load_recipe
     from kvcli.calibration.stages import in_turn
     from kvcli.calibration.workers import ModelSource, RayPool, check_ray
@@ -123,6 +134,9 @@ def calibrate(
         raise UsageError("--bits is missing: only a preset (--recipe kvtuner:NAME) is a plan without a budget.")
     if preset is not None and search != "surrogate":
         raise UsageError("--search is for recipes: a preset leaves nothing to search.")
+    task = task_name(objective, others=("kl",))
+    if task and search == "surrogate":
+        raise UsageError(f"--objective {objective} is for --search kvtuner-…; or choose by it in kvcli solve --verify.")
     if workers and ray is None:
         raise UsageError("--workers are Ray's: give --ray auto or --ray ADDRESS too.")
     if ray is not None and weights != "none":
@@ -191,8 +205,9 @@ def calibrate(
             found = fixed.calibrate(loaded, corpus, preset, budget, out, fresh=fresh, show=progress, run=run)
         else:
             found = pipeline.calibrate(
-                loaded, corpus, budget, out, recipe=recipe, search=search, trials=trials, seed=seed,
-                means=means, fresh=fresh, show=progress, run=run,
+                loaded, corpus, budget, out, recipe=recipe, search=search, trials=trials,
+                task=TaskObjective(task, task_items, seed, task_data) if task else None,
+                seed=seed, means=means, fresh=fresh, show=progress, run=run,
             )  # fmt: skip
     if adapters != "none":
         adapting.apply(loaded, corpus, found, adapting.AdapterSettings(adapters))

