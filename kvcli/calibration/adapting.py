@@ -1,6 +1,10 @@
-"""The stage of calibration that predicts: after the search it gives the plan its predictors, and solve refits them.
+"""The stage of calibration that predicts: it searches again, on residuals, and solve refits what it finds.
 
-Predictors change no bit of the cache, so the plan that was found within a budget stays within it.
+What is stored are residuals, and an error is as large as what is coded: a layer that is told well by the ones before
+needs fewer bits than one that is not. So every loss that was measured is multiplied by the share of variance that its
+predictor leaves (:func:`on_residuals`), which itself depends on the bits, for predictors read reconstructions: fit and
+search take turns. Nothing is measured anew but a few plans at the end. Predictors change no bit of the cache, so that
+a plan within a budget stays within it.
 """
 
 from __future__ import annotations
@@ -19,12 +23,18 @@ from kvcli.calibration.aqua_kv import Fitted, Mode, Statistics
 from kvcli.calibration.corpora import Corpus
 from kvcli.calibration.measuring import check_probe
 from kvcli.calibration.moments import Moments
-from kvcli.calibration.pipeline import Calibration
+from kvcli.calibration.pipeline import Budget, Calibration, curve, summary
+from kvcli.calibration.sensitivity import Sensitivity
+from kvcli.calibration.stages import Show, silent
+from kvcli.calibration.surrogate import Solution, solve
 from kvcli.errors import InputError, KvcliError
 from kvcli.models.loading import LoadedModel
 from kvcli.plan import CachePlan
 
 MOMENTS = "calibration/moments.safetensors"
+TOKENS = 32768  # of calibration text by default: a predictor has hundreds of inputs
+ROUNDS = 2  # of fitting and searching in turn; a third changes a bit here and there
+LEADING = 3  # settings whose best plans are measured
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,57 @@ class AdapterSettings:
         return replace(plan, layers=tuple(aqua_kv.design(plan.layers, **asdict(self))))
 
 
+def on_residuals(found: Sensitivity, left: Mapping[str, float]) -> Sensitivity:
+    """Return what formats cost where residuals are stored; ``left`` is the share of variance, by tensor (``3.v``)."""
+    kl = {w: [[x * left.get(f"{i}.{w}", 1.0) for x in row] for i, row in enumerate(found.kl[w])] for w in aqua_kv.WHICH}
+    return replace(found, kl=kl)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan with its predictors, and the mean KL that the additive model predicts for it."""
+
+    plan: CachePlan
+    fitted: Fitted
+    predicted_kl: float
+
+
+def search(costs: Sensitivity, own: Statistics, settings: AdapterSettings, budget: Budget) -> list[Candidate]:
+    """Return the best plan with predictors under each of the leading settings.
+
+    Parameters
+    ----------
+    costs
+        What was measured without predictors.
+    own
+        What predictors are fitted to.
+    settings
+        The predictors.
+    budget
+        Ceiling on bits.
+
+    Raises
+    ------
+    BudgetError
+        If no plan meets the budget.
+    """
+
+    def solutions(left: Mapping[str, float]) -> list[Solution]:
+        return solve(on_residuals(costs, left), budget.bits, budget.context, nominal=budget.nominal)
+
+    left: Mapping[str, float] = {}
+    for _ in range(ROUNDS):
+        left = aqua_kv.fit(settings.applied(solutions(left)[0].plan), own).left
+    plans = [(settings.applied(x.plan), x.predicted_kl) for x in solutions(left)[:LEADING]]
+    return [Candidate(plan, aqua_kv.fit(plan, own), kl) for plan, kl in plans]
+
+
 @torch.no_grad()
-def apply(loaded: LoadedModel, corpus: Corpus, found: Calibration, settings: AdapterSettings) -> None:
-    """Fit predictors for the plan that calibration found, and measure it with and without them.
+def apply(
+    loaded: LoadedModel, corpus: Corpus, found: Calibration, settings: AdapterSettings, *, fixed: bool = False,
+    show: Show = silent,
+) -> None:  # fmt: skip
+    """Give a calibration predictors: search again on residuals, fit, and measure with and without them.
 
     Parameters
     ----------
@@ -58,6 +116,10 @@ def apply(loaded: LoadedModel, corpus: Corpus, found: Calibration, settings: Ada
         Changed in place: plan, tensors, report, and the moments that ``solve`` refits from.
     settings
         The predictors; with mode ``none`` nothing is done.
+    fixed
+        Leave the plan's formats as they are, because they are a preset's.
+    show
+        Makes progress displays.
 
     Raises
     ------
@@ -68,33 +130,48 @@ def apply(loaded: LoadedModel, corpus: Corpus, found: Calibration, settings: Ada
     """
     if settings.mode == "none":
         return
-    plan = settings.applied(found.plan)
+    widest = settings.applied(found.plan)
     source = {"model": loaded.sha256, "dtype": loaded.dtype, "data": corpus.sha256}
 
     def moments(step: Any) -> dict[str, Tensor]:
-        own = aqua_kv.statistics(loaded, plan, corpus.ids, step)
+        own = aqua_kv.statistics(loaded, widest, corpus.ids, step)
         parts = (("train ", own.train), ("held out ", own.held_out))
         return {prefix + name: x for prefix, part in parts for name, x in part.to_tensors().items()}
 
     with found.stages as stages:
         kept = stages.run(
             "adapters", moments, description="second moments of keys and values", steps=len(corpus.ids),
-            settings={**source, "layers": [str(x.predictor) for x in plan.layers]},
+            settings={**source, "layers": [str(x.predictor) for x in widest.layers]},
         )  # fmt: skip
     own = Statistics(*(Moments.from_tensors(_under(kept, prefix)) for prefix in ("train ", "held out ")))
-    fitted = aqua_kv.fit(plan, own)
-    _check(fitted)
-    tensors = {**found.tensors, **fitted.tensors}
-    plain = check_probe(loaded, corpus.ids, found.tensors).cost_of(found.plan)
-    cost = check_probe(loaded, corpus.ids, tensors).cost_of(plan)
-    found.report["adapters"] = {
-        "settings": asdict(settings), "left": fitted.left, "ridge": fitted.ridge,
-        "kl": {"none": plain.kl, settings.mode: cost.kl}, "model_bytes": plan.model_bytes(),
-    }  # fmt: skip
     chosen = found.report["verified"][found.report.get("chosen", 0)]
-    found.report["verified"].append({**chosen, "kl": cost.kl, "delta_nll": cost.delta_nll})
-    found.report["chosen"] = len(found.report["verified"]) - 1
-    found.plan, found.tensors = plan, tensors
+    if fixed:
+        tried = [Candidate(widest, aqua_kv.fit(widest, own), chosen["predicted_kl"])]
+    else:
+        costs = Sensitivity.from_json(found.report["sensitivity"])
+        tried = search(costs, own, settings, found.budget)
+    probe, measured = check_probe(loaded, corpus.ids, found.tensors), []
+    with show("plans with predictors, end to end", 1 + len(tried)) as bar:
+        plain = probe.cost_of(found.plan)
+        for x in tried:
+            bar.advance()
+            _check(x.fitted)
+            measured.append(probe.using({**found.tensors, **x.fitted.tensors}).cost_of(x.plan))
+    at = min(range(len(tried)), key=lambda i: measured[i].kl)
+    best, cost = tried[at], measured[at]
+    report = found.report
+    report["adapters"] = {
+        "settings": asdict(settings), "left": best.fitted.left, "ridge": best.fitted.ridge,
+        "kl": {"none": plain.kl, settings.mode: cost.kl}, "model_bytes": best.plan.model_bytes(),
+    }  # fmt: skip
+    report["chosen"] = len(report["verified"]) + at
+    for x, c in zip(tried, measured, strict=True):
+        solution = Solution(x.plan, x.predicted_kl)
+        report["verified"].append(summary(solution, found.budget.context, kl=c.kl, delta_nll=c.delta_nll))
+    if not fixed:
+        report["scale"] = cost.kl / best.predicted_kl
+        report["curve"] = curve(on_residuals(costs, best.fitted.left), report["scale"], found.budget.context)
+    found.plan, found.tensors = best.plan, {**found.tensors, **best.fitted.tensors}
     found.moments = (own.train + own.held_out).to_tensors()
 
 

@@ -72,8 +72,8 @@ class TaskScorer:
     ----------
     objective
         The task and its items.
-    loaded, tensors
-        The model, and what its codecs need.
+    loaded
+        The model.
     exact
         The plan of the reference.
 
@@ -83,10 +83,8 @@ class TaskScorer:
         If the task's items cannot be had.
     """
 
-    def __init__(
-        self, objective: TaskObjective, loaded: LoadedModel, tensors: Mapping[str, Tensor], exact: CachePlan
-    ) -> None:
-        self.objective, self.loaded, self.tensors = objective, loaded, tensors
+    def __init__(self, objective: TaskObjective, loaded: LoadedModel, exact: CachePlan) -> None:
+        self.objective, self.loaded = objective, loaded
         self.reference = PackedModel(loaded, exact, {})
         settings = tasks.Settings(
             objective.items, (min(LENGTH, loaded.max_context),), TOKENS, objective.seed, folder=objective.folder
@@ -94,10 +92,10 @@ class TaskScorer:
         self.items = suites.TASKS[objective.name].items(self.reference, settings)
         self._known = tasks.Log(None, {"reference": ""})  # the reference answers once for all plans
 
-    def __call__(self, plan: CachePlan) -> dict[str, Any]:
-        """Return the figures of :func:`kvcli.evaluation.tasks.summarize` for a plan."""
+    def __call__(self, plan: CachePlan, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the figures of :func:`kvcli.evaluation.tasks.summarize` for a plan and what its codecs need."""
         self._known.sides = {"reference": "", "subject": json.dumps(plan.to_json())}
-        subject = PackedModel(self.loaded, plan, self.tensors)
+        subject = PackedModel(self.loaded, plan, tensors)
         return tasks.run(
             suites.TASKS[self.objective.name], self.items, subject, self.reference, seed=self.objective.seed,
             log=self._known,

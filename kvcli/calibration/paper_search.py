@@ -108,10 +108,10 @@ def search(
     }  # fmt: skip
     storage = stages.file("search", settings=settings, inputs=["errors"], suffix=".sqlite")
 
-    score = task and TaskScorer(task, work.loaded, work.tensors, CachePlan(tuple(geometry), dtype=dtype))
+    score = task and TaskScorer(task, work.loaded, CachePlan(tuple(geometry), dtype=dtype))
 
     def evaluate(plan: CachePlan) -> float:
-        return 1 - float(score(plan)["score"]) if score else check.cost_of(plan).kl
+        return 1 - float(score(plan, work.tensors)["score"]) if score else check.cost_of(plan).kl
 
     front = kvtuner.Front.from_json(stages.run(
         "search", lambda step: kvtuner.search(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -214,6 +215,12 @@ class Probe:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what can be computed again: a probe may be sent to another process."""
         return {**vars(self), "_reference": None, "_walk": iter(()), "_next": math.inf}
+
+    def using(self, tensors: Mapping[str, Tensor]) -> Probe:
+        """Return the same probe for codecs that need other tensors; the reference is not computed again."""
+        other = copy(self)
+        other.tensors = tensors
+        return other
 
     @property
     def scored_tokens(self) -> int:

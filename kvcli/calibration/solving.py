@@ -87,6 +87,8 @@ class Solver:
         self.artifact = artifact
         try:
             self.found = Sensitivity.from_json(artifact.report["sensitivity"])
+            if "adapters" in artifact.report:
+                self.found = adapting.on_residuals(self.found, artifact.report["adapters"]["left"])
             self.scale = float(artifact.report["scale"])
             self.nll_per_kl = float(artifact.report.get("nll_per_kl", 1.0))
             if self.found.dtype != artifact.plan.dtype or _shapes(self.found.geometry) != _shapes(artifact.plan.layers):
@@ -121,9 +123,10 @@ class Solver:
             return self._solved(solutions[0])
         measured = []
         for found in solutions[:CANDIDATES]:
-            solved = self._solved(found, probe.cost_of(found.plan))
+            plan, tensors = adapting.again(self.artifact, found.plan)
+            solved = self._solved(found, probe.using(tensors).cost_of(plan))
             if isinstance(objective, TaskScorer):
-                solved = replace(solved, task={"name": objective.objective.name, **objective(found.plan)})
+                solved = replace(solved, task={"name": objective.objective.name, **objective(plan, tensors)})
             measured.append(solved)
             step()
         return min(measured, key=lambda x: _loss(x, objective))
@@ -150,7 +153,10 @@ class Solver:
             found = self._fewest(frontiers, most / correction) or richest
             if good is not None and found.plan == good.plan:
                 break
-            cost = probe.cost_of(found.plan) if probe else None
+            cost = None
+            if probe:
+                plan, tensors = adapting.again(self.artifact, found.plan)
+                cost = probe.using(tensors).cost_of(plan)
             solved = self._solved(found, cost)
             loss = solved.predicted_kl if cost is None else cost.kl
             step()

@@ -13,6 +13,7 @@ from kvcli.cli.options import JsonFlag, SeedOption, TaskData, TaskItems, Threads
 from kvcli.cli.shared import plan_summary, show_plan
 from kvcli.errors import UsageError
 
+TOKENS = 8192  # of calibration text, without predictors
 WINDOW = 1024  # longest calibration window
 
 
@@ -42,7 +43,10 @@ def calibrate(
             help="Calibration text: builtin[:NAME], a .txt or .jsonl file, - (stdin), self or hub:NAME; commas mix.",
         ),
     ] = "builtin",
-    tokens: Annotated[int, option("--tokens", min=2, help="Tokens of calibration text.")] = 8192,
+    tokens: Annotated[
+        int | None,
+        option("--tokens", min=2, help="Tokens of calibration text.", show_default="8192; 32768 with --adapters"),
+    ] = None,
     recipe: Annotated[
         str,
         option(
@@ -150,6 +154,7 @@ def calibrate(
         raise UsageError("Transforms are learned here, on a model in memory: give --transforms none, or no --ray.")
     if ray is not None:
         check_ray(ray)
+    tokens = tokens or (adapting.TOKENS if adapters != "none" else TOKENS)
     placement = ModelSource(model, dtype, trust_remote_code, None if device_map == "none" else device_map)
     with progress("loading the model"):
         loaded = load(**vars(placement))
@@ -210,7 +215,9 @@ def calibrate(
                 seed=seed, means=means, fresh=fresh, show=progress, run=run,
             )  # fmt: skip
     if adapters != "none":
-        adapting.apply(loaded, corpus, found, adapting.AdapterSettings(adapters))
+        adapting.apply(
+            loaded, corpus, found, adapting.AdapterSettings(adapters), fixed=preset is not None, show=progress
+        )  # fmt: skip
     if found.stages.resumed:
         say(f"Resumed: {', '.join(found.stages.resumed)} taken from an earlier run.")
     if about_weights is not None:

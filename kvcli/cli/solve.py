@@ -93,7 +93,7 @@ def solve(
         loaded, probe = _probe(source, data)
         if task:
             wanted = objectives.TaskObjective(task, task_items, folder=task_data)
-            judge = objectives.TaskScorer(wanted, loaded, probe.tensors, source.plan.as_exact())
+            judge = objectives.TaskScorer(wanted, loaded, source.plan.as_exact())
     with progress("measuring the best plans" if verify else "solving") as bar:
         found = solving.find(solver, budget, max_kl, context, probe, nominal=nominal, objective=judge, step=bar.advance)
     spent = found.plan.nominal_bits if nominal else found.plan.effective_bits(context)

@@ -30,7 +30,7 @@ def test_objectives_are_read():
 def test_an_exact_plan_answers_as_the_reference_and_the_reference_answers_once(tinystories, monkeypatch):
     loaded = load(str(tinystories))
     exact = CachePlan(tuple(exact_layers(loaded)), dtype=loaded.dtype)
-    score = TaskScorer(TaskObjective("kv_retrieval", 3), loaded, {}, exact)
+    score = TaskScorer(TaskObjective("kv_retrieval", 3), loaded, exact)
     asked = []
     task = type(score.items[0]), len(score.items)
     from kvcli.evaluation import suites
@@ -45,15 +45,15 @@ def test_an_exact_plan_answers_as_the_reference_and_the_reference_answers_once(t
             return original.measure(model, item, reference)
 
     monkeypatch.setitem(suites.TASKS, "kv_retrieval", Counting())
-    found = score(exact)
+    found = score(exact, {})
     assert (found["flips"], found["score"]) == (0, found["reference"])
     wrecked = exact
     for i, layer in enumerate(exact.layers):
         crude = KVFormat(2, group=layer.head_dim)
         wrecked = wrecked.with_layer(i, replace(layer, k=crude, v=crude))
-    worse = score(wrecked)
+    worse = score(wrecked, {})
     assert worse["log_likelihood"]["shift"] > 0
-    assert score(wrecked) == worse
+    assert score(wrecked, {}) == worse
     assert len(asked) == 3 * task[1]  # reference, exact and wrecked; what is known is not asked again
 
 
