@@ -12,8 +12,8 @@ from kvcli.report.gathering import Section
 
 _Spec = dict[str, Any]
 
-# Okabe and Ito's: told apart by people who see colours differently, and readable on light and dark ground
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
+# Okabe and Ito's with a lighter blue: told apart by people who see colours differently, readable on light and dark
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#2e86c1", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
 KEYS = {"domain": ["K", "V"], "range": [SKY, ORANGE]}
 HEIGHT = 300
 
@@ -243,7 +243,8 @@ def _tasks(section: Section, data: _Data) -> _Spec:
                 "encoding": {"x": _field("difference", title="score less that of 16 bits"), "tooltip": _tips(section)},
             },
             {
-                "data": {"values": [{"zero": 0}]}, "mark": {"type": "rule", "strokeDash": [4, 4], "opacity": 0.6},
+                "data": {"values": [{"zero": 0}]},
+                "mark": {"type": "rule", "color": "currentColor", "strokeDash": [4, 4]},
                 "encoding": {"x": {"field": "zero", "type": "quantitative"}, "y": None},
             },
         ],

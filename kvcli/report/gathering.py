@@ -62,11 +62,12 @@ def stated(report: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if report.get("verified"):
             chosen = report["verified"][report.get("chosen", 0)]
-            return {"kl": chosen["kl"], "ppl_pct": percent(chosen["delta_nll"]), "measured": True}
+            loss = chosen.get("delta_nll")
+            return {"kl": chosen["kl"], "ppl_pct": None if loss is None else percent(loss), "measured": True}
         if solved := report.get("solved"):
-            measured = solved["measured_kl"] is not None
-            which = "measured" if measured else "predicted"
-            return {"kl": solved[f"{which}_kl"], "ppl_pct": solved[f"{which}_ppl_pct"], "measured": measured}
+            if solved.get("measured_kl") is not None:
+                return {"kl": solved["measured_kl"], "ppl_pct": solved["measured_ppl_pct"], "measured": True}
+            return {"kl": solved["kl"], "ppl_pct": solved.get("predicted_ppl_pct"), "measured": False}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError("report.json is not as kvcli writes it: what the plan costs is incomplete.") from error
     return {"kl": None, "ppl_pct": None, "measured": False}
@@ -200,8 +201,9 @@ def _pareto(artifact: Artifact, evaluation: Mapping[str, Any] | None) -> Iterato
     )
     if evaluation and "kl" in evaluation:
         rows.append((
-            f"chosen, on {text_of(evaluation)}", f"this artifact, {evaluation['context']} tokens", evaluation["effective_bits"],
-            evaluation["kl"]["mean"], evaluation["flips"]["rate"] if "flips" in evaluation else None,
+            f"chosen, on {text_of(evaluation)}", f"this artifact, {evaluation['context']} tokens",
+            evaluation["effective_bits"], evaluation["kl"]["mean"],
+            evaluation["flips"]["rate"] if "flips" in evaluation else None,
         ))  # fmt: skip
     found = json.loads(files("kvcli.report").joinpath("peers.json").read_text("utf-8"))
     if rows and manifest["source"]["model"] == found["model"]:
