@@ -25,6 +25,8 @@ COMMANDS = {
     "serve": "serve",
     "eval": "evaluate",
     "bench": "bench",
+    "report": "report",
+    "compare": "compare",
     "inspect": "inspect",
     "export": "export",
     "plugins": "plugins",

@@ -105,7 +105,7 @@ def decode(
 
     opened = open_with_progress(artifact, verify=not no_verify)
     if backend == "auto" and weights == "none":
-        chosen = _known(opened, chosen)
+        chosen = known(opened, chosen)
     device = "cuda" if chosen == "cuda" else "cpu"
     read = partial(
         load, str(artifact), dtype=opened.plan.dtype, trust_remote_code=trust_remote_code, device=device
@@ -117,18 +117,12 @@ def decode(
     decoders: list[Decoder] = []
     for name, plan in ((f"kvcli {chosen}", opened.plan), (f"kvcli {chosen}, 16-bit cache", opened.plan.as_exact())):
         held = opened.tensors() if plan is opened.plan else {}
-        if chosen == "reference":
-            from kvcli.runtime.packed_model import PackedModel
-
-            model = PackedModel(loaded, plan, held)
-            decoders.append(decode_speed.ReferenceDecoder(name, model, depth, depth + tokens))
-        else:
-            decoders.append(
-                decode_speed.native(
-                    name, loaded if weights == "none" else read(), plan, held,  # int4 layers take the weights for good
-                    backend=chosen, depth=depth, capacity=depth + tokens, weights=weights, threads=threads,
-                )
-            )  # fmt: skip
+        decoders.append(
+            decode_speed.packed(
+                name, loaded if weights == "none" else read(), plan, held,  # int4 layers take the weights for good
+                backend=chosen, depth=depth, capacity=depth + tokens, weights=weights, threads=threads,
+            )
+        )  # fmt: skip
     decoders.append(decode_speed.TransformersDecoder(stock, loaded, depth))
     entered = [decode_speed.contestant(x, ids, depth, random=fill == "random") for x in decoders]
     probes = speed.bandwidth_probes(device)
@@ -184,7 +178,7 @@ def choose(backend: Backend) -> Literal["cpu", "cuda", "reference"]:
     return "reference"
 
 
-def _known(artifact: Artifact, chosen: Literal["cpu", "cuda", "reference"]) -> Literal["cpu", "cuda", "reference"]:
+def known(artifact: Artifact, chosen: Literal["cpu", "cuda", "reference"]) -> Literal["cpu", "cuda", "reference"]:
     """Return what was chosen, or the reference for a model or a plan that native kernels do not compute."""
     from transformers import AutoConfig
 

@@ -129,6 +129,7 @@ def evaluate(
     if simulate_activations == 1:
         raise UsageError("--simulate-activations 1 is too few: 2 to 8 bits.")
 
+    import hashlib
     from contextlib import nullcontext
 
     from kvcli.artifact.schema import MANIFEST
@@ -165,8 +166,9 @@ def evaluate(
             subject, reference, texts, tasks=on_text, chunk=chunk, dump=dump, step=bar.advance, activations=bits,
             rotate_down=rotate_down,
         )  # fmt: skip
+    own = (artifact / MANIFEST).read_text("utf-8")
+    result |= {"artifact": hashlib.sha256(own.encode()).hexdigest(), "data": data}
     if items:
-        own = (artifact / MANIFEST).read_text("utf-8")
         sides = {
             "subject": f"{own} {bits} {rotate_down}",
             "reference": f"{other.sha256} {other.dtype}" if other else own,

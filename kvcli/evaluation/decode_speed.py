@@ -276,3 +276,16 @@ def native(
     if backend == "cuda":
         runner.capture()
     return RunnerDecoder(name, runner, depth)
+
+
+def packed(
+    name: str, loaded: LoadedModel, plan: CachePlan, tensors: Mapping[str, Tensor], *,
+    backend: Literal["cpu", "cuda", "reference"], depth: int, capacity: int,
+    weights: Literal["none", "int4"] = "none", threads: int = 0,
+) -> Decoder:  # fmt: skip
+    """Enter a model on its packed cache, on native kernels or on the plain reference, which takes no ``weights``."""
+    if backend == "reference":
+        return ReferenceDecoder(name, PackedModel(loaded, plan, dict(tensors)), depth, capacity)
+    return native(
+        name, loaded, plan, tensors, backend=backend, depth=depth, capacity=capacity, weights=weights, threads=threads
+    )

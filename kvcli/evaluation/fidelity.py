@@ -23,6 +23,7 @@ from kvcli.runtime.packed_model import CHUNK, PackedModel
 
 TASKS = ("ppl", "kl", "flips")
 ROWS = 128  # tokens whose distributions are compared at once, in float64
+BINS = 16  # parts of the scored half, for KL along the sequence
 
 
 def compare(reference: Tensor, other: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -88,7 +89,7 @@ def evaluate(
     -------
     dict
         ``effective_bits`` at the evaluated length (the larger of the plan's and the measured), ``measured_bytes``, and
-        ``ppl``, ``kl``, ``flips`` as asked.
+        ``ppl``, ``kl``, ``flips`` as asked; with ``kl`` also ``kl_by_position``, as :func:`along`.
 
     Raises
     ------
@@ -139,7 +140,32 @@ def evaluate(
     if activations is not None:
         result["simulated_activations"] = {"bits": activations, "rotate_down": rotate_down}
     merged = {name: torch.cat([f[name] for f in found]) for name in found[0]}
-    return result | {task: summarize(task, merged) for task in tasks}
+    result |= {task: summarize(task, merged) for task in tasks}
+    if "kl" in tasks:
+        result["kl_by_position"] = along(torch.stack([f["kl"] for f in found]), tokens - scored)
+    return result
+
+
+def along(kl: Tensor, first: int) -> list[dict[str, float]]:
+    """Return the mean KL of up to :data:`BINS` parts of a window.
+
+    Parameters
+    ----------
+    kl
+        [windows, scored], nats.
+    first
+        Position of the first scored token in its window.
+
+    Returns
+    -------
+    list of dict
+        ``first`` (position), ``tokens`` (positions of the part) and ``mean`` (nats), in order.
+    """
+    found = []
+    for part in kl.tensor_split(min(BINS, kl.shape[1]), dim=1):
+        found.append({"first": first, "tokens": part.shape[1], "mean": float(part.mean())})
+        first += part.shape[1]
+    return found
 
 
 def summarize(task: str, found: Mapping[str, Tensor]) -> dict[str, float]:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -113,6 +115,19 @@ def test_summaries_are_means_percentiles_and_rates():
         "reference": pytest.approx(math.exp(0.5)),
         "delta_pct": pytest.approx(100 * (math.exp(0.5) - 1)),
     }
+
+
+@given(windows=st.integers(1, 3), scored=st.integers(1, 70), first=st.integers(0, 50))
+def test_kl_along_the_sequence_is_of_every_position_once(windows, scored, first):
+    kl = torch.arange(windows * scored, dtype=torch.float64).reshape(windows, scored)
+    found = fidelity.along(kl, first)
+    assert len(found) == min(fidelity.BINS, scored)
+    ends = [x["first"] + x["tokens"] for x in found]
+    assert [x["first"] for x in found] == [first, *ends[:-1]]
+    assert ends[-1] == first + scored
+    for x in found:
+        at = x["first"] - first
+        assert x["mean"] == pytest.approx(kl[:, at : at + x["tokens"]].numpy().mean())
 
 
 # --- against the stock model ------------------------------------------------------------------------------------------
@@ -285,6 +300,9 @@ def test_the_dump_lets_anyone_compute_every_figure_again(loaded, texts, tmp_path
         nll = -np.take_along_axis(rows, targets[..., None], -1)
         assert found["ppl"][name] == pytest.approx(np.exp(nll.mean()), rel=1e-9)
     assert found["flips"]["rate"] == (p.argmax(-1) != q.argmax(-1)).mean()
+    parts = [x.mean() for x in np.array_split(kl.reshape(2, -1), fidelity.BINS, axis=1)]
+    assert [x["mean"] for x in found["kl_by_position"]] == pytest.approx(parts, rel=1e-4, abs=1e-9)
+    assert found["kl_by_position"][0]["first"] == TOKENS // 2
     assert [x.name for x in tmp_path.iterdir()] == ["dump.safetensors"]
 
 
