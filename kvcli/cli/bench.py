@@ -191,7 +191,7 @@ def _known(artifact: Artifact, chosen: Literal["cpu", "cuda", "reference"]) -> L
     from kvcli.runtime.weights import check_runnable
 
     try:
-        check_runnable(AutoConfig.from_pretrained(artifact.path), artifact.plan)
+        check_runnable(AutoConfig.from_pretrained(artifact.path), artifact.plan, chosen)
     except InputError as error:
         say(f"Not on {chosen}: {error}")
         return "reference"
