@@ -302,7 +302,7 @@ def layer_struct(
     maps = linear_maps.of_layer(plan, index, tensors or {})
     means = {w: (tensors or {}).get(f"layer.{index}.{w}.mean") if layer.center else None for w in "kv"}
     means |= {w: x.bias.contiguous() for w, x in maps.items()}
-    absorbed = layer.predictor is not None and layer.predictor.is_absorbed(index) and not layer.v.is_exact
+    absorbed = layer.predictor is not None and layer.predictor.is_absorbed(index)
     weight = maps["v"].weight.t().contiguous() if absorbed else None
     for tensor in (rope, *means.values()):
         if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):

@@ -1,9 +1,10 @@
 """Attention where layers are predicted from earlier ones: each is rebuilt, in order, at every pass.
 
-After AQUA-KV (Shutova et al., 2025, arXiv:2501.19392). Pages hold residuals. The kernels decode them, with the predictor's
-bias, into keys before RoPE and values side by side, and matrix products add what the earlier layers tell, in place. What a
-layer was rebuilt to is kept until the last layer that reads it has done so, within one pass; everything else is made and
-used in segments. Memory beside the cache is that of as many rebuilt layers as are read at a time, in float32.
+After AQUA-KV (Shutova et al., 2025, arXiv:2501.19392). Pages hold residuals. The kernels decode them, with the
+predictor's bias, into keys before RoPE and values side by side, and matrix products add what the earlier layers tell, in
+place. What a layer was rebuilt to is kept until the last layer that reads it has done so, within one pass; everything
+else is made and used in segments. Memory beside the cache is that of as many rebuilt layers as are read at a time, in
+float32.
 """
 
 from __future__ import annotations
@@ -57,8 +58,6 @@ def products(plan: CachePlan, index: int, tensors: dict[str, Tensor]) -> list[Pr
     for which, found in maps.items():
         linear = layer.predictor.of(which) if layer.predictor is not None else None
         assert linear is not None
-        if (layer.k if which == "k" else layer.v).is_exact:
-            continue
         parts = found.weight.t().split([plan.layers[x.layer].width for x in linear.inputs])
         for source, part in zip(linear.inputs, parts, strict=True):
             width = plan.layers[source.layer].width
@@ -66,11 +65,11 @@ def products(plan: CachePlan, index: int, tensors: dict[str, Tensor]) -> list[Pr
             at = _columns(source.which, width)
             whole[at, _columns(which, layer.width)] = part
     out = []
-    for source, whole in sorted(weights.items()):  # keys and values that are read and told together are one product
+    for read, whole in sorted(weights.items()):  # keys and values that are read and told together are one product
         rows, columns = whole.any(1).nonzero().flatten(), whole.any(0).nonzero().flatten()
         if len(rows):
             a, b = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-            out.append(Product(source, a, b, whole[a, b].contiguous()))
+            out.append(Product(read, a, b, whole[a, b].contiguous()))
     return out
 
 

@@ -43,7 +43,7 @@ def check_runnable(config: PretrainedConfig, plan: CachePlan, backend: str = "cp
     if plan.dtype == "float64":
         raise InputError("the native runtime does not compute in float64.")
     check_predictors(plan, backend)
-    for i, layer in enumerate(plan.layers):
+    for layer in plan.layers:
         if layer.head_dim % 8 or layer.head_dim > 256:
             raise InputError(f"the native runtime does not take heads of {layer.head_dim} channels.")
 

@@ -23,7 +23,6 @@ from kvcli.evaluation.attention_speed import NativeAttention
 from kvcli.models.architectures import Rope, geometry
 from kvcli.models.loading import LoadedModel
 from kvcli.plan import CachePlan
-from kvcli.quant.format import KVFormat
 from kvcli.quant.prediction import Linear, Predictor, Source
 from kvcli.runtime import kvrt, prefill
 from kvcli.runtime.attention import attend
@@ -93,8 +92,20 @@ def test_logits_are_the_reference_s(tiny: Tiny, architecture: str, setting: str,
     assert float((other - expected).norm() / expected.norm()) > 0.02
 
 
+def any_predictors(plan: CachePlan) -> dict[str, Tensor]:
+    """Return predictors as they are stored, also in codes."""
+    g, out = torch.Generator().manual_seed(2), {}
+    for name, (dtype, shape) in plan.model_tensors().items():
+        if dtype == "U8":
+            out[name] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g)
+        else:
+            scale = 0.02 if name.endswith("scales") else 0.2
+            out[name] = scale * torch.rand(shape, generator=g).add(-0.4).to(torch.float16 if dtype == "F16" else None)
+    return out
+
+
 def layers(window: int | None, fields: dict[str, Any]) -> tuple[NativeCache, PackedCache]:
-    """Three layers that read one another, on both paths; the last has values that read neither keys nor its neighbour."""
+    """Three layers that read one another, on both paths: not all of it, nor in order, and in other precisions."""
     from kvcli.models.architectures import LayerGeometry
     from kvcli.plan import LayerPlan
 
@@ -111,15 +122,13 @@ def layers(window: int | None, fields: dict[str, Any]) -> tuple[NativeCache, Pac
         tuple(LayerPlan(2, 16, kind=kind, window=window, predictor=x, **own) for x in predictors),
         dtype="float32", **shared,
     )  # fmt: skip
-    rope, tensors = Rope(10000.0 ** -(torch.arange(0, 16, 2) / 16)), tensors_of(plan)
-    for name in [x for x in tensors if tensors[x].dtype == torch.uint8]:
-        tensors[name] = torch.randint(0, 256, tensors[name].shape, dtype=torch.uint8)
+    rope, tensors = Rope(10000.0 ** -(torch.arange(0, 16, 2) / 16)), any_predictors(plan)
     shape = LayerGeometry(2, 4, 16, kind, window)
     cache = NativeCache(plan, (shape,) * 3, capacity=210, batch_size=2, rope=rope, tensors=tensors, threads=1)
     return cache, PackedCache(plan, rope=rope, tensors=tensors)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     chunks=st.lists(st.one_of(st.just(1), st.integers(1, 60)), min_size=1, max_size=6),
     setting=st.sampled_from(sorted(SETTINGS)), window=st.sampled_from((None, None, 7, 24)),
@@ -169,17 +178,17 @@ def test_memory_beside_the_cache_is_that_of_a_few_layers(tiny: Tiny) -> None:
     model = tiny("llama")
     plan = plan_of(model, "always", SETTINGS["windowed"])
     cache = NativeCache(
-        plan, geometry(model.config), capacity=4096, rope=Rope.from_model(model), tensors=tensors_of(plan)
+        plan, geometry(model.config), capacity=2048, rope=Rope.from_model(model), tensors=tensors_of(plan)
     )
     run = RebuildingAttention(cache, 512, torch.float32)
     layer, before = plan.layers[0], run.nbytes
     q = torch.zeros(512, 6, 8)
-    for _ in range(8):
+    for _ in range(4):
         run.begin(torch.arange(512))
         for index in range(2):
             run(index, 0, q, q[:, :2], q[:, :2], torch.empty_like(q))
         cache.advance(512, 0)
-    assert 0 < run.nbytes - before <= 4 * 2 * layer.width * (4096 + 512)  # one layer is read, in float32
+    assert 0 < run.nbytes - before <= 4 * 2 * layer.width * (2048 + 512)  # one layer is read, in float32
 
 
 def test_engine_and_determinism(tiny: Tiny) -> None:
@@ -210,18 +219,16 @@ def test_engine_and_determinism(tiny: Tiny) -> None:
     with pytest.raises(InputError, match="kvcli bench decode"):
         NativeAttention(plan, geometry(model.config), 64, tensors=tensors_of(plan))
     for plan in packed.values():
-        with pytest.raises(InputError, match="layer 0 needs predictor v from 0.k, which the CUDA kernels"):
+        with pytest.raises(InputError, match=r"layer 0 needs predictor v from 0\.k, which the CUDA kernels"):
             check_runnable(model.config, plan, "cuda")
 
 
 def test_a_product_is_read_where_it_is_told() -> None:
     plan = layers(None, SETTINGS["windowed"])[0].plan
-    found = products(plan, 2, tensors_of(plan))
+    found = products(plan, 2, any_predictors(plan))
     assert [(x.layer, x.inputs, x.outputs) for x in found] == [
         (0, slice(0, 64), slice(0, 64)), (1, slice(0, 64), slice(0, 64)),
     ]  # fmt: skip
-    only = products(plan, 1, tensors_of(plan))
+    only = products(plan, 1, any_predictors(plan))
     assert [x.layer for x in only] == [0, 1]
     assert (only[1].inputs, only[1].outputs) == (slice(0, 32), slice(32, 64))
-    exact = replace(plan, layers=tuple(replace(x, v=KVFormat(16)) for x in plan.layers))
-    assert all(x.outputs == slice(0, 32) for x in products(exact, 2, tensors_of(exact)))
