@@ -12,9 +12,11 @@ from torch import Tensor
 
 from kvcli.engine.config import EngineConfig
 from kvcli.engine.pool import PoolCache, PoolSize
+from kvcli.errors import InputError
 from kvcli.runtime import kvrt
 from kvcli.runtime.packed_model import PackedModel
 from kvcli.runtime.passes import Pass
+from kvcli.runtime.rebuilding import rebuilds
 from kvcli.runtime.runner import ModelRunner
 
 
@@ -46,6 +48,10 @@ class EngineRunner(ModelRunner):
     cache: PoolCache
 
     def __init__(self, model: PackedModel, config: EngineConfig) -> None:
+        if rebuilds(model.plan):
+            raise InputError(
+                "the engine does not rebuild layers from one another at every step; calibrate with --adapters absorbed."
+            )
         self.size = PoolSize.of(model.plan, config, model.loaded.max_context)
         self.chunk = min(config.chunk, self.size.max_context)
         super().__init__(

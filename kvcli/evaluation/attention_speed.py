@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvcli.errors import InputError
 from kvcli.evaluation.speed import Contestant, Flush
 from kvcli.models.architectures import LayerGeometry, Rope
 from kvcli.plan import CachePlan, LayerPlan
@@ -19,6 +20,7 @@ from kvcli.quant.format import KVFormat
 from kvcli.runtime import kvrt
 from kvcli.runtime.native_cache import NativeCache
 from kvcli.runtime.packed_cache import PackedCache
+from kvcli.runtime.rebuilding import rebuilds
 
 CHUNK = 512  # tokens that are appended at once while a cache is filled
 UNIFORM_BITS = (16, 8, 4, 3, 2)
@@ -120,6 +122,8 @@ class NativeAttention:
         threads: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        if rebuilds(plan):
+            raise InputError("attention alone tells nothing where layers are rebuilt; kvcli bench decode times them.")
         self.cache = NativeCache(
             plan, geometry, capacity=depth, batch_size=batch, rope=any_rope(geometry[0].head_dim), tensors=tensors,
             library=library, device=device, threads=threads,

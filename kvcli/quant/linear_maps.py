@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from kvcli.quant.format import KVFormat
 from kvcli.quant.packing import pack, unpack
 from kvcli.quant.prediction import GROUP, Linear
 from kvcli.quant.quantizer import Quantized, dequantize, quantize
+
+if TYPE_CHECKING:
+    from kvcli.plan import CachePlan
 
 
 @dataclass(frozen=True)
@@ -118,3 +122,20 @@ def restore(linear: Linear, tensors: Mapping[str, Tensor], prefix: str, shape: t
         weights.append(part.float())
     weight = weights[0] if len(weights) == 1 else weights[0] @ weights[1]
     return LinearMap(weight, parts["bias"].float())
+
+
+def of_layer(plan: CachePlan, index: int, tensors: Mapping[str, Tensor]) -> dict[str, LinearMap]:
+    """Rebuild the maps of one layer's keys (``k``) and values (``v``), where they are predicted.
+
+    Raises
+    ------
+    InputError
+        As :func:`restore`.
+    """
+    layer, out = plan.layers[index], {}
+    for which in "kv":
+        linear = None if layer.predictor is None else layer.predictor.of(which)
+        if linear is not None:
+            shape = (layer.width, sum(plan.layers[x.layer].width for x in linear.inputs))
+            out[which] = restore(linear, tensors, f"layer.{index}.{which}.predictor.", shape)
+    return out

@@ -270,17 +270,14 @@ def choose_backend(model: PackedModel, weights: str = "none") -> Literal["refere
     from kvcli.runtime import kvrt
     from kvcli.runtime.weights import check_runnable
 
-    try:
-        check_runnable(model.loaded.model.config, model.plan)
-    except InputError:
-        return "reference"
     kinds: tuple[Literal["cuda", "cpu"], ...] = ("cuda", "cpu")
     for kind in kinds:
         if kind == "cuda" and (weights != "none" or not torch.cuda.is_available()):
             continue
         try:
+            check_runnable(model.loaded.model.config, model.plan, kind)
             kvrt.library(kind)
-        except kvrt.NativeError:
+        except (InputError, kvrt.NativeError):
             continue
         return kind
     return "reference"

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcli.errors import KvcliError
+from kvcli.errors import InputError, KvcliError
 from kvcli.plan import CachePlan
-from kvcli.quant import grids
+from kvcli.quant import grids, linear_maps
 from kvcli.quant.format import KVFormat
 
-VERSION = 2
+VERSION = 3
 LIBRARIES = Path(__file__).parent / "lib"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PACKED, EXACT, ALL = 1, 2, 3
@@ -44,7 +44,7 @@ class Layer(ctypes.Structure):
         ("block_size", c_int32), ("sink_tokens", c_int32), ("residual_window", c_int32), ("tail_tokens", c_int32),
         ("window", c_int32), ("portable", c_int32), ("rope_before", c_int32), ("page_dtype", c_int32),
         ("exact_dtype", c_int32), ("softmax_scale", c_float), ("softcap", c_float), ("k_mean", c_void_p),
-        ("v_mean", c_void_p), ("rope", c_void_p), ("rope_positions", c_int64),
+        ("v_mean", c_void_p), ("rope", c_void_p), ("rope_positions", c_int64), ("v_weight", c_void_p),
     )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ class Append(ctypes.Structure):
     _fields_ = (
         ("cache", Cache), ("starts", c_void_p), ("max_new", c_int32), ("dtype", c_int32), ("k", c_void_p),
         ("v", c_void_p), ("k_row_stride", c_int64), ("k_head_stride", c_int64), ("v_row_stride", c_int64),
-        ("v_head_stride", c_int64),
+        ("v_head_stride", c_int64), ("k_predicted", c_void_p), ("v_predicted", c_void_p),
     )  # fmt: skip
 
 
@@ -257,6 +257,13 @@ def format_struct(fmt: KVFormat, transform: str) -> Format:
     )  # fmt: skip
 
 
+def check_predictors(plan: CachePlan, backend: str) -> None:
+    """Raise :class:`InputError`, naming the layer, if the kernels of ``backend`` do not have the plan's predictors."""
+    for i, layer in enumerate(plan.layers):
+        if layer.predictor is not None and backend == "cuda":
+            raise InputError(f"layer {i} needs predictor {layer.predictor!r}, which the CUDA kernels do not have.")
+
+
 def layer_struct(
     plan: CachePlan,
     index: int,
@@ -278,7 +285,9 @@ def layer_struct(
     rope
         The model's table of cosines and sines, :meth:`kvcli.models.architectures.Rope.table`, on the kernels' device.
     tensors
-        ``layer.{i}.k.mean`` and ``layer.{i}.v.mean``, float32, contiguous, on the kernels' device, for centred layers.
+        ``layer.{i}.k.mean`` and ``layer.{i}.v.mean``, float32, contiguous, on the kernels' device, for centred layers;
+        and predictors as the artifact has them. The kernels add what values owe to their own layer's keys; of other
+        predictors they get the bias, in the mean's place.
     softmax_scale
         Factor on scores; ``head_dim ** -0.5`` by default.
     softcap
@@ -290,7 +299,11 @@ def layer_struct(
         Holds pointers into ``rope`` and ``tensors``, and keeps those tensors alive.
     """
     layer = plan.layers[index]
+    maps = linear_maps.of_layer(plan, index, tensors or {})
     means = {w: (tensors or {}).get(f"layer.{index}.{w}.mean") if layer.center else None for w in "kv"}
+    means |= {w: x.bias.contiguous() for w, x in maps.items()}
+    absorbed = layer.predictor is not None and layer.predictor.is_absorbed(index)
+    weight = maps["v"].weight.t().contiguous() if absorbed else None
     for tensor in (rope, *means.values()):
         if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
             raise KvcliError("kernels read float32 tensors without gaps.")
@@ -301,9 +314,9 @@ def layer_struct(
         plan.tail(index), layer.window or 0, int(plan.is_portable(index)), int(layer.rope == "before"),
         DTYPES[exact["page_dtype"]], DTYPES[exact["exact_dtype"]],
         layer.head_dim**-0.5 if softmax_scale is None else softmax_scale, softcap,
-        pointer(means["k"]), pointer(means["v"]), pointer(rope), 0 if rope is None else rope.shape[0],
+        pointer(means["k"]), pointer(means["v"]), pointer(rope), 0 if rope is None else rope.shape[0], pointer(weight),
     )  # fmt: skip
-    out.kept = (rope, means)  # ctypes structs carry attributes of their own
+    out.kept = (rope, means, weight)  # ctypes structs carry attributes of their own
     return out
 
 

@@ -80,6 +80,8 @@ class NativeCache:
 
     Raises
     ------
+    InputError
+        If the kernels do not have a predictor that the plan needs, or a tensor of it is missing.
     NativeError
         If there are no kernels, or none that run here.
     """
@@ -101,9 +103,12 @@ class NativeCache:
         self.plan, self.geometry, self.capacity, self.batch_size = plan, geometry, capacity, batch_size
         self.library = library or kvrt.library("cpu")
         self.device = torch.device(device)
+        kvrt.check_predictors(plan, self.device.type)
         self.exec = kvrt.Exec(threads, 0, None)
         self.rope_table = rope.table(capacity).to(self.device).contiguous()
-        self._tensors = {k: v.to(self.device, torch.float32).contiguous() for k, v in (tensors or {}).items()}
+        self.tensors = {k: v.to(self.device) for k, v in (tensors or {}).items()}
+        for name in [x for x in self.tensors if x.endswith(".mean")]:
+            self.tensors[name] = self.tensors[name].float().contiguous()
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
         self.host_lengths = [0] * batch_size
         self.splits, self.split_pages = max(EVEN_SPLITS, self._workers() // batch_size), 0
@@ -154,7 +159,7 @@ class NativeCache:
 
     def _store(self, index: int, storage: list[Tensor]) -> LayerStore:
         struct = kvrt.layer_struct(
-            self.plan, index, num_heads=self.geometry[index].num_heads, rope=self.rope_table, tensors=self._tensors
+            self.plan, index, num_heads=self.geometry[index].num_heads, rope=self.rope_table, tensors=self.tensors
         )
         page_pool, tail, sinks = storage
         return LayerStore(struct, page_pool, tail, sinks, self._tables(index))
@@ -181,6 +186,13 @@ class NativeCache:
             lengths=self.lengths[first:].data_ptr(), length_stride=1,
             num_seqs=self.batch_size if row is None else 1, max_pages=store.block_tables.shape[1],
         )  # fmt: skip
+
+    def biases(self, index: int) -> Tensor:
+        """Return what decoding a layer's codes adds to keys and values, float32 [2 * width]: biases and means."""
+        width = self.plan.layers[index].width
+        means = self.layers[index].struct.kept[1]
+        zeros = torch.zeros(width, device=self.device)
+        return torch.cat([zeros if means[w] is None else means[w].flatten() for w in "kv"])
 
     @property
     def nbytes(self) -> int:
@@ -239,21 +251,38 @@ class NativeCache:
 
     # --- a chunk of one sequence --------------------------------------------------------------------------------
 
-    def append_chunk(self, index: int, row: int, k: Tensor, v: Tensor, *, before: int | None = None) -> None:
-        """Append several tokens to one sequence: k and v [tokens, num_kv_heads, head_dim], keys after RoPE.
+    def append_chunk(
+        self, index: int, row: int, k: Tensor | None, v: Tensor | None, *, before: int | None = None,
+        k_predicted: Tensor | None = None, v_predicted: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Append several tokens to one sequence.
 
-        ``before`` is the length to append at, where the layer holds more than :meth:`advance` has counted.
+        Parameters
+        ----------
+        index, row
+            Layer and sequence.
+        k, v
+            [tokens, num_kv_heads, head_dim], keys after RoPE. One may be None, and is appended by another call.
+        before
+            The length to append at, where the layer holds more than :meth:`advance` has counted.
+        k_predicted, v_predicted
+            float32 [slots, width] of the slots that are packed now: what is taken off in the mean's place, keys before
+            RoPE. The same has to be added to what :meth:`expand_into` gives, less the bias.
         """
         store = self.layers[index]
-        tokens = k.shape[0]
+        given = v if k is None else k
+        assert given is not None
+        tokens = given.shape[0]
+        k_strides, v_strides = ((0, 0) if x is None else (x.stride(0), x.stride(1)) for x in (k, v))
         cache = self.cache_struct(store, row)
         before = self.host_lengths[row] if before is None else before
         starts = torch.tensor([0, tokens, before], dtype=torch.int32, device=self.device)
         cache.lengths = starts[2:].data_ptr()
         a = kvrt.Append(
-            cache=cache, starts=starts.data_ptr(), max_new=tokens, dtype=kvrt.DTYPES[k.dtype],
-            k=k.data_ptr(), v=v.data_ptr(), k_row_stride=k.stride(0), k_head_stride=k.stride(1),
-            v_row_stride=v.stride(0), v_head_stride=v.stride(1),
+            cache=cache, starts=starts.data_ptr(), max_new=tokens, dtype=kvrt.DTYPES[given.dtype],
+            k=kvrt.pointer(k), v=kvrt.pointer(v), k_row_stride=k_strides[0], k_head_stride=k_strides[1],
+            v_row_stride=v_strides[0], v_head_stride=v_strides[1], k_predicted=kvrt.pointer(k_predicted),
+            v_predicted=kvrt.pointer(v_predicted),
         )  # fmt: skip
         self.library.call("append", byref(store.struct), byref(a), byref(self.exec))
 
@@ -266,14 +295,21 @@ class NativeCache:
         self.expand_into(index, row, first, k, v, with_sinks=with_sinks)
         return k, v
 
-    def expand_into(self, index: int, row: int, first: int, k: Tensor, v: Tensor, *, with_sinks: bool = True) -> None:
-        """Decode slots ``first`` … of one sequence into k and v, [num_kv_heads, count, head_dim]."""
+    def expand_into(
+        self, index: int, row: int, first: int, k: Tensor, v: Tensor, *, with_sinks: bool = True,
+        before_rope: bool = False,
+    ) -> None:  # fmt: skip
+        """Decode slots ``first`` … of one sequence into k and v, [num_kv_heads, count, head_dim].
+
+        ``before_rope`` leaves keys as predictors see them; sinks are decoded like other slots then.
+        """
         store, count = self.layers[index], k.shape[1]
         if count:
             a = kvrt.Expand(
                 cache=self.cache_struct(store, row), sequence=0, dtype=kvrt.DTYPES[k.dtype], first=first, count=count,
                 k=k.data_ptr(), v=v.data_ptr(), k_head_stride=k.stride(0), k_row_stride=k.stride(1),
-                v_head_stride=v.stride(0), v_row_stride=v.stride(1), keys_before_rope=0, with_sinks=int(with_sinks),
+                v_head_stride=v.stride(0), v_row_stride=v.stride(1), keys_before_rope=int(before_rope),
+                with_sinks=int(with_sinks and not before_rope),
             )  # fmt: skip
             self.library.call("expand", byref(store.struct), byref(a), byref(self.exec))
 

@@ -20,7 +20,7 @@ from kvcli.models.architectures import Rope
 from kvcli.plan import CachePlan
 from kvcli.quant import transforms
 from kvcli.quant.format import KVFormat
-from kvcli.quant.linear_maps import LinearMap, restore
+from kvcli.quant.linear_maps import LinearMap, of_layer
 from kvcli.quant.quantizer import from_bytes, to_bytes
 
 N = TypeVar("N", int, Tensor)
@@ -53,13 +53,9 @@ class Codec:
         self.page_dtype: torch.dtype = getattr(torch, plan.page_dtype)
         self.rope = rope
         self.means: dict[str, Tensor] = {}
-        self.maps: dict[str, LinearMap] = {}
+        self.maps: dict[str, LinearMap] = of_layer(plan, index, tensors)
         for name in ("k", "v"):
-            linear = None if self.plan.predictor is None else self.plan.predictor.of(name)
-            if linear is not None:
-                shape = (self.plan.width, sum(plan.layers[x.layer].width for x in linear.inputs))
-                self.maps[name] = restore(linear, tensors, f"layer.{index}.{name}.predictor.", shape)
-            elif self.plan.center:  # a predictor has a bias in the mean's place
+            if self.plan.center and name not in self.maps:  # a predictor has a bias in the mean's place
                 key = f"layer.{index}.{name}.mean"
                 if key not in tensors:
                     raise InputError(f"tensor {key} is missing, and layer {index} is centred.")

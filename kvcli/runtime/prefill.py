@@ -72,7 +72,7 @@ class ChunkAttention:
         first = min(int(plan.boundary(index, start + 1)), start)
         exact = self._exact(index, row, first, k, v)
         if plan.layers[index].window is None:
-            cache.append_chunk(index, row, k, v)
+            self._append(index, row, k, v, start)
             found = self._far(index, row, first, q)
             packed, lowest = self._expand(index, row, first, int(plan.boundary(index, start + tokens))), first
         else:
@@ -86,6 +86,10 @@ class ChunkAttention:
                 near = merge((found[0][:, :, rows], found[1][:, :, rows]), near)
             # [group, kv heads, tokens, d] to [tokens, kv heads, group, d]
             out[rows].view(-1, keys.shape[0], near[0].shape[0], keys.shape[2]).copy_(near[0].permute(2, 1, 0, 3))
+
+    def _append(self, index: int, row: int, k: Tensor, v: Tensor, before: int) -> None:
+        """Append tokens to a layer that holds ``before``."""
+        self.cache.append_chunk(index, row, k, v, before=before)
 
     def _exact(self, index: int, row: int, first: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Exact keys and values of slots ``first`` … of the chunk's end, [kv heads, slots, d]; none in portable layers.
@@ -135,7 +139,7 @@ class ChunkAttention:
         begin = 0
         while begin < tokens:  # pieces end where pages do, so that none writes two
             end = min(begin + block - (start + begin) % block, tokens)
-            cache.append_chunk(index, row, k[begin:end], v[begin:end], before=start + begin)
+            self._append(index, row, k[begin:end], v[begin:end], start + begin)
             after = int(plan.boundary(index, start + end))
             self._expand(index, row, boundary, after, at=boundary - lowest, room=room)
             boundary, begin = after, end

@@ -21,6 +21,7 @@ from kvcli.runtime import kvrt
 from kvcli.runtime.native_cache import NativeCache
 from kvcli.runtime.passes import Pass
 from kvcli.runtime.prefill import ChunkAttention, TokenAttention
+from kvcli.runtime.rebuilding import RebuildingAttention, rebuilds
 from kvcli.runtime.weights import Kind, ModelWeights, check_runnable
 
 CHUNK = 512  # tokens of one pass of prefill; any other gives the same function
@@ -74,7 +75,9 @@ class ModelRunner:
         threads: int = 0,
         deterministic: bool = False,
     ) -> None:
-        check_runnable(loaded.model.config, plan)
+        check_runnable(loaded.model.config, plan, backend)
+        if deterministic and rebuilds(plan):
+            raise UsageError("deterministic results are not for plans that rebuild layers from one another.")
         self.library = kvrt.library(backend)
         self.loaded, self.plan, self._tensors = loaded, plan, tensors
         self.device = torch.device(backend)
@@ -125,6 +128,9 @@ class ModelRunner:
         """Bind one layer's append and attend, of one token a sequence, to the buffers of the step."""
         store = self.cache.layers[index]
         q, k, v = step.qkv_of(index)
+        if rebuilds(self.plan):
+            out = step.mixed[: step.rows].view(q.shape)
+            return lambda: 0, partial(self._attend_rebuilding, index, q, k, v, out)
         a, b = store.append, store.attend
         a.dtype = b.dtype = kvrt.DTYPES[self.dtype]
         a.k, a.v, a.k_row_stride, a.v_row_stride = k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0)
@@ -294,14 +300,29 @@ class ModelRunner:
                 kept.append(hidden[max(0, first - begin) :].clone())
         return torch.cat(kept)
 
-    def _run_chunk(self, ids: Tensor, row: int, size: int) -> Tensor:
+    def _attention(self, size: int) -> ChunkAttention | TokenAttention:
+        """Return what attends from chunks of up to ``size`` tokens."""
         if self._chunk is None or self._chunk_size < size:
             self._chunk_passes.clear()
             self._chunk_size = size
-            kind = TokenAttention if self.block else ChunkAttention
+            kind = TokenAttention if self.block else RebuildingAttention if rebuilds(self.plan) else ChunkAttention
             # on a CPU, attention is as fast in float32, and more exact
             dtype = torch.float32 if self.device.type == "cpu" else self.dtype
             self._chunk = kind(self.cache, size, dtype)
+        return self._chunk
+
+    def _attend_rebuilding(self, index: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> int:
+        """Append a token to every sequence and attend from it, where layers are rebuilt from one another."""
+        attention = self._attention(1)
+        if index == 0:
+            attention.begin(self._step.positions)
+        for row in range(self.cache.batch_size):
+            part = slice(row, row + 1)
+            attention(index, row, q[part], k[part], v[part], out[part])
+        return 0
+
+    def _run_chunk(self, ids: Tensor, row: int, size: int) -> Tensor:
+        attention = self._attention(size)
         tokens = len(ids)
         work = self._chunk_passes.get(tokens)
         if work is None:  # a chunk and a rest, of one set of buffers
@@ -316,7 +337,7 @@ class ModelRunner:
         torch.arange(start, start + tokens, out=work.positions[:tokens])
         work.tokens[:tokens] = ids
         work.embed()
-        self._chunk.begin(work.positions)
+        attention.begin(work.positions)
         for i, ((norm, qkv, rope), (o, post_norm, gate_up, silu, down)) in enumerate(
             zip(work.before, work.after, strict=True)
         ):
@@ -324,7 +345,7 @@ class ModelRunner:
             qkv()
             failed |= rope()
             q, k, v = work.qkv_of(i)
-            self._chunk(i, row, q, k, v, work.mixed[:tokens].view(q.shape))
+            attention(i, row, q, k, v, work.mixed[:tokens].view(q.shape))
             o()
             failed |= post_norm()
             gate_up()

@@ -44,7 +44,13 @@ def test_it_goes_through_every_command(predicting, warm, text, tmp_path):
     found = json.loads(accepted(warm("eval", predicting, *text, "--json")))
     assert found["effective_bits_with_model"] > found["effective_bits"]
     assert accepted(warm("generate", predicting, "Once", "--max-tokens", 4))
-    refused(warm("generate", predicting, "Once", "--backend", "cpu"), 3, "layer 0 needs predictor")
+    told = [
+        accepted(warm("generate", predicting, "Once", "--max-tokens", 8, "--backend", x)) for x in ("cpu", "reference")
+    ]
+    assert told[0] == told[1]
+    timed = json.loads(accepted(warm("bench", "decode", predicting, "--depth", 64, "--tokens", 4, "--json")))
+    assert timed["backend"] == "cpu"
+    refused(warm("bench", "attention", predicting, "--depth", 64), 3, "kvcli bench decode times them")
     out = tmp_path / "solved"
     accepted(warm("solve", predicting, "--bits", 5, "-o", out))
     before, after = (load_file(x / "kv.safetensors") for x in (predicting, out))

@@ -71,6 +71,8 @@ typedef struct kv_layer {
   const float *v_mean;      /* [num_kv_heads][head_dim], or null; ignored by exact formats */
   const float *rope;        /* [rope_positions][head_dim]: head_dim / 2 cosines, then head_dim / 2 sines */
   int64_t rope_positions;
+  const float *v_weight;    /* [num_kv_heads * head_dim] inputs, each with as many outputs: pages hold what the layer's own
+                               keys, as decoded and before RoPE, do not tell of the values; v_mean is the bias. Or null */
 } kv_layer;
 
 /* Byte offsets of one head's slice. */

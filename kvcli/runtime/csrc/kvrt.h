@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define KVRT_VERSION 2
+#define KVRT_VERSION 3
 
 #if defined(_WIN32)
 #define KVRT_API __declspec(dllexport)
@@ -68,8 +68,11 @@ typedef struct kvrt_append_args {
   int32_t max_new;         /* the most rows any sequence has: bounds the grid */
   int32_t dtype;           /* kv_dtype of k and v */
   const void *k, *v;       /* [rows][num_kv_heads][head_dim], keys after RoPE, channels contiguous; rounded to the exact
-                              dtype on entry (float16 etc.), before anything is quantised */
+                              dtype on entry (float16 etc.), before anything is quantised. One of the two may be null: it
+                              is appended by another call, values after keys where they are predicted from them */
   int64_t k_row_stride, k_head_stride, v_row_stride, v_head_stride; /* in values */
+  const float *k_predicted, *v_predicted; /* [slots][num_kv_heads][head_dim] from the boundary before the step to the one
+                              after it, of one sequence; keys before RoPE. Taken off in the mean's place; or null */
 } kvrt_append_args;
 
 enum { KVRT_PACKED = 1, KVRT_EXACT = 2, KVRT_ALL = 3 };

@@ -2,7 +2,7 @@
 #include <new>
 
 #include "encode.h"
-#include "transforms.h"
+#include "predict.h"
 
 namespace kvrt {
 namespace {
@@ -42,8 +42,25 @@ struct Append {
     return false;
   }
 
+  // the caller's predictions for slots from `first` on, or the mean
+  Offset offset(const View &view, bool key, int64_t first) const {
+    const float *given = key ? args.k_predicted : args.v_predicted;
+    if (!given) return {key ? k_mean(layer, view.head) : v_mean(layer, view.head), 0};
+    const int64_t width = kv_width(layer);
+    return {given + (first - kv_boundary(&layer, view.length())) * width + view.head * layer.head_dim, width};
+  }
+
+  // values of all heads from what their keys tell, slots first ... last - 1, all of one page
+  void pack_predicted(const View &any, int64_t first, int64_t last, float *x, float *room) const {
+    const int64_t page = first / layer.block_size, begin = page * layer.block_size, width = kv_width(layer);
+    float *predicted = room + layer.block_size * (width + layer.head_dim);
+    predict_values(ops, any, at, page, static_cast<int>(first - begin), static_cast<int>(last - begin), room, predicted);
+    for (int h = 0; h < layer.num_kv_heads; h++)
+      pack(View{layer, args.cache, any.seq, h}, false, first, last, {predicted + h * layer.head_dim, width}, x);
+  }
+
   // slots first ... last - 1, all of one page
-  void pack(const View &view, bool key, int64_t first, int64_t last, float *x) const {
+  void pack(const View &view, bool key, int64_t first, int64_t last, Offset off, float *x) const {
     const int d = layer.head_dim, count = static_cast<int>(last - first);
     const kv_format &f = key ? layer.k : layer.v;
     for (int t = 0; t < count; t++) fetch(view, key, first + t, x + static_cast<int64_t>(t) * d);
@@ -56,9 +73,9 @@ struct Append {
       return;
     }
     if (key)
-      keys_to_stored(ops, view, first, count, x);
+      keys_to_stored(ops, view, first, count, off, x);
     else
-      values_to_stored(ops, view, count, x);
+      values_to_stored(ops, view, count, off, x);
     // on the channel axis in_page is 0: only whole pages are written there
     const int64_t group = f.axis == KV_TOKEN ? in_page * d / f.group : 0;
     encode_section(f, x, count, d, codes,
@@ -70,7 +87,8 @@ struct Append {
   void keep(const View &view, float *x) const {
     const int64_t held = view.length(), n = held + rows(view.seq), boundary = kv_boundary(&layer, n);
     const int64_t tail = std::max(held, boundary);
-    for (int key = 1; key >= 0; key--)
+    for (int key = 1; key >= 0; key--) {
+      if (!(key ? args.k : args.v)) continue;
       for (int64_t t = held < layer.sink_tokens ? held : tail; t < n; t++) {
         if (t >= layer.sink_tokens && t < tail) {
           t = tail - 1;  // neither a sink nor of the tail
@@ -83,6 +101,7 @@ struct Append {
           store_row(x, args.cache.tail, layer.exact_dtype,
                     view.exact_row(layer.tail_tokens, !key, t % layer.tail_tokens), layer.head_dim);
       }
+    }
   }
 };
 
@@ -91,14 +110,16 @@ int check(const Append &a, int64_t *pages, double *values) {
   const kv_layer &l = a.layer;
   const kvrt_append_args &args = a.args;
   const kvrt_cache &cache = args.cache;
-  const bool turns = coded_before_rope(l) || k_mean(l, 0);
+  const bool turns = coded_before_rope(l) || k_mean(l, 0) || args.k_predicted || turns_for_values(l);
+  if ((args.k_predicted || args.v_predicted) && (cache.num_seqs > 1 || l.v_weight)) return KVRT_INVALID;
+  if (args.k_predicted && !l.rope) return KVRT_INVALID;
   *pages = 0;
   *values = 0;
   for (int s = 0; s < cache.num_seqs; s++) {
     const int64_t rows = a.rows(s);
     if (rows < 0 || rows > args.max_new) return KVRT_INVALID;
     if (!rows) continue;
-    if (!args.k || !args.v) return KVRT_INVALID;
+    if (!args.k && !args.v) return KVRT_INVALID;
     for (int h = 0; h < l.num_kv_heads; h++) {
       const View view{l, cache, s, h};
       const int64_t held = view.length(), n = held + rows;
@@ -132,8 +153,9 @@ int append(const kv_layer *layer, const kvrt_append_args *args, const kvrt_exec 
 
   const int heads = layer->num_kv_heads, block = layer->block_size;
   const int64_t owners = static_cast<int64_t>(args->cache.num_seqs) * heads, jobs = owners * pages * 2;
-  const int threads = threads_for(exec, std::max(jobs, owners), 20 * values);
-  Scratch scratch(static_cast<int64_t>(block) * layer->head_dim, threads);
+  const int threads = threads_for(exec, std::max(jobs, owners), (layer->v_weight ? kv_width(*layer) : 20) * values);
+  const int64_t rows_of = static_cast<int64_t>(block) * layer->head_dim;
+  Scratch scratch(rows_of + predict_floats(*layer), threads);
   if (!scratch.data()) return KVRT_NO_MEMORY;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -149,8 +171,21 @@ int append(const kv_layer *layer, const kvrt_append_args *args, const kvrt_exec 
       const int64_t from = kv_boundary(layer, held), to = kv_boundary(layer, held + rows);
       const int64_t page = from / block + job / 2;
       const int64_t first = std::max(from, page * block), last = std::min(to, (page + 1) * block);
-      if (first < last && !a.overwritten(view, page, (to + block - 1) / block))
-        a.pack(view, job % 2 == 0, first, last, x);
+      const bool key = job % 2 == 0, later = !key && layer->v_weight;
+      if (first < last && (key ? args->k : args->v) && !later && !a.overwritten(view, page, (to + block - 1) / block))
+        a.pack(view, key, first, last, a.offset(view, key, first), x);
+    }
+    if (layer->v_weight && args->v) {
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < args->cache.num_seqs * pages; i++) {
+        const View view{*layer, args->cache, static_cast<int>(i / pages), 0};
+        if (!a.rows(view.seq)) continue;
+        const int64_t held = view.length(), from = kv_boundary(layer, held);
+        const int64_t to = kv_boundary(layer, held + a.rows(view.seq)), page = from / block + i % pages;
+        const int64_t first = std::max(from, page * block), last = std::min(to, (page + 1) * block);
+        if (first < last && !a.overwritten(view, page, (to + block - 1) / block))
+          a.pack_predicted(view, first, last, x, x + rows_of);
+      }
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < owners; i++) {

@@ -9,6 +9,8 @@
 namespace kvrt {
 namespace {
 
+constexpr int64_t kKeyJobs = 16;  // into which summing keys is cut, roughly: enough for some threads to share
+
 // Refuses before anything is written. *most: the longest sequence; *pages: most pages of one; *work: operations.
 int check(const Call &c, int64_t *most, int64_t *pages, double *work) {
   const kv_layer &l = c.layer;
@@ -31,7 +33,7 @@ int check(const Call &c, int64_t *most, int64_t *pages, double *work) {
         if (!view.has_page(p) && c.sees_some(view, span, std::max(span.packed_begin, p * block),
                                              std::min(span.packed_end, (p + 1) * block)))
           return KVRT_INVALID;
-      const bool turns = c.means || c.decoded || (c.args.key_sum && !coded_before_rope(l));
+      const bool turns = c.means || c.decoded || (c.parts && !coded_before_rope(l));
       if (turns && !rope_reaches(view, span.packed_begin, span.packed_end)) return KVRT_INVALID;
       if (c.means && l.rope_positions < 2) return KVRT_INVALID;
     }
@@ -84,7 +86,11 @@ int attend(const kv_layer *layer, const kvrt_attend_args *args, const kvrt_exec 
     return KVRT_INVALID;
 
   Call c{l, *args, current_ops(), kv_layout_of(layer), l.num_heads / l.num_kv_heads, l.head_dim, l.head_dim / 2,
-         false, false, nullptr, args->mass, args->mass_stride, nullptr, Call::unit_size(l), 0};
+         false, false, nullptr, args->mass, args->mass_stride, nullptr, Call::unit_size(l), 0,
+         nullptr, args->key_sum, nullptr, nullptr, 0};
+  const int64_t owners = static_cast<int64_t>(cache.num_seqs) * l.num_kv_heads;
+  // With split_pages sums are in one order, whatever the batch.
+  if (args->key_sum || l.v_weight) c.parts = args->split_pages ? 1 : std::max<int64_t>(1, std::min<int64_t>(args->splits, kKeyJobs / owners));
   c.decoded = coded_before_rope(l) || (k_mean(l, 0) && cache.positions);
   c.means = k_mean(l, 0) && !c.decoded;
   int64_t most, pages;
@@ -95,19 +101,28 @@ int attend(const kv_layer *layer, const kvrt_attend_args *args, const kvrt_exec 
   if (args->mass && (args->mass_stride < most || args->mass_stride > widest)) return KVRT_INVALID;
 
   // With split_pages each unit keeps a state of its own, however many splits the caller made room for.
-  const int64_t owners = static_cast<int64_t>(cache.num_seqs) * l.num_kv_heads;
   c.units = 1 + (args->split_pages ? (pages + args->split_pages - 1) / args->split_pages : args->splits);
   const int64_t jobs = cache.num_seqs * c.units, states = owners * c.units;
   c.states = static_cast<float *>(args->workspace);
-  std::unique_ptr<Scratch> own_states, own_mass, steps;
+  std::unique_ptr<Scratch> own_states, own_mass, own_keys, steps;
   if (states * c.unit_floats * static_cast<int64_t>(sizeof(float)) > args->workspace_bytes) {
     own_states.reset(new Scratch(states * c.unit_floats, 1));
     c.states = own_states->data();
   }
-  if (args->key_sum && !args->mass) {
+  const int64_t queries = static_cast<int64_t>(cache.num_seqs) * l.num_heads;
+  if (c.parts && !args->mass) {
     c.mass_stride = most;
-    own_mass.reset(new Scratch(static_cast<int64_t>(cache.num_seqs) * l.num_heads * most, 1));
+    own_mass.reset(new Scratch(queries * most, 1));
     c.mass = own_mass->data();
+  }
+  if (c.parts) {
+    const int64_t sums = queries * kv_width(l), parts = sums * c.parts, out = queries * c.d;
+    own_keys.reset(new Scratch(parts + sums + out + queries, 1));
+    c.key_parts = own_keys->data();
+    if (!c.key_parts) return KVRT_NO_MEMORY;
+    if (!c.key_sum) c.key_sum = c.key_parts + parts;
+    if (l.v_weight) c.rows = c.key_parts + parts + sums;
+    c.key_mass = c.key_parts + parts + sums + out;
   }
   if (c.means) {
     steps.reset(new Scratch((2 * kSteps + 2) * c.half, 1));
@@ -129,10 +144,21 @@ int attend(const kv_layer *layer, const kvrt_attend_args *args, const kvrt_exec 
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < owners; i++)
       c.merge(View{l, cache, static_cast<int>(i / heads), static_cast<int>(i % heads)}, mine);
-    if (args->key_sum) {
+    if (c.parts) {
 #pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < owners * c.parts; i++) {
+        const int64_t owner = i / c.parts;
+        const View view{l, cache, static_cast<int>(owner / heads), static_cast<int>(owner % heads)};
+        c.sum_keys(view, i % c.parts, mine);
+      }
+#pragma omp for schedule(static)
       for (int64_t i = 0; i < owners; i++)
-        c.sum_keys(View{l, cache, static_cast<int>(i / heads), static_cast<int>(i % heads)}, mine);
+        c.finish_keys(View{l, cache, static_cast<int>(i / heads), static_cast<int>(i % heads)}, mine);
+    }
+    if (c.rows) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < owners; i++)
+        c.add_predictions(View{l, cache, static_cast<int>(i / heads), static_cast<int>(i % heads)});
     }
   }
   return KVRT_OK;

@@ -10,7 +10,7 @@ static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 int64_t Call::work_floats() const {
   return layer.num_kv_heads * (prepared_bytes(group) / 4 + 2 * group * (d + half)) + group * kChunk + layer.block_size * d +
-         static_cast<int64_t>(args.key_sum ? layer.num_heads : group) * d;
+         static_cast<int64_t>(group) * d;
 }
 
 Work Call::work_at(float *x) const {
@@ -284,9 +284,13 @@ void Call::merge(const View &view, const Work &w) const {
     const bool any = max != kNothing;
     const float inverse = any ? 1.0f / total : 0.0f, lse = any ? max + std::log(total) : kNothing;
     for (int i = 0; i < d; i++) sum[i] *= inverse;
-    store_row(sum, args.out, args.dtype, view.seq * args.out_row_stride + query_head * args.out_head_stride, d);
+    if (rows)
+      std::memcpy(rows + index * d, sum, sizeof(float) * static_cast<size_t>(d));
+    else
+      store_row(sum, args.out, args.dtype, view.seq * args.out_row_stride + query_head * args.out_head_stride, d);
     if (args.lse) args.lse[index] = lse;
     if (args.packed_mass) args.packed_mass[index] = packed * inverse;
+    if (key_mass) key_mass[index] = packed * inverse;
     if (!mass) continue;
     float *row = mass_row(view.seq, query_head);
     const int64_t seen[][2] = {{s.sinks_begin, s.sinks_end}, {s.packed_begin, s.packed_end}, {s.tail_begin, s.n}};
@@ -301,15 +305,21 @@ void Call::merge(const View &view, const Work &w) const {
   }
 }
 
-void Call::sum_keys(const View &view, const Work &w) const {
+// Sums of one part of a head's keys for all query heads. Rotation, mean and the stretch of the table are linear in keys:
+// they come in once, in finish_keys.
+void Call::sum_keys(const View &view, int64_t part, const Work &w) const {
   const int heads = layer.num_heads, kv_heads = layer.num_kv_heads, block = layer.block_size;
   const Span own = span(view);
-  std::fill_n(w.sums, static_cast<int64_t>(heads) * d, 0.0f);
-  for (int64_t slot = own.packed_begin; slot < own.packed_end;) {
-    const int64_t page = slot / block, stop = std::min(own.packed_end, (page + 1) * block);
+  float *sums = key_part(view, part);
+  std::fill_n(sums, static_cast<int64_t>(heads) * d, 0.0f);
+  if (own.packed_begin >= own.packed_end) return;
+  const int64_t first_page = own.packed_begin / block, pages = (own.packed_end + block - 1) / block - first_page;
+  const int64_t stop_page = first_page + pages * (part + 1) / parts;
+  int64_t slot = std::max(own.packed_begin, (first_page + pages * part / parts) * block);
+  for (const int64_t end = std::min(own.packed_end, stop_page * block); slot < end;) {
+    const int64_t page = slot / block, stop = std::min(end, (page + 1) * block);
     if (sees_some(view, own, slot, stop)) {
-      decode_keys(ops, view, at, page, static_cast<int>(slot % block), static_cast<int>(stop - page * block), true,
-                  w.keys);
+      decode_for_sum(view, page, static_cast<int>(slot - page * block), static_cast<int>(stop - page * block), w.keys);
       for (int h = 0; h < kv_heads; h++) {
         // heads may be of unequal length where each has a list of its own
         const Span theirs = span(View{layer, args.cache, view.seq, h});
@@ -317,14 +327,51 @@ void Call::sum_keys(const View &view, const Work &w) const {
         if (from >= to) continue;
         ops.accumulate_rows(w.keys + (from - slot) * d, KV_F32, d, static_cast<int>(to - from), d,
                             mass_row(view.seq, h * group) + from, static_cast<int>(mass_stride), group,
-                            w.sums + static_cast<int64_t>(h) * group * d);
+                            sums + static_cast<int64_t>(h) * group * d);
       }
     }
     slot = stop;
   }
-  for (int q = 0; q < heads; q++) {
-    const int64_t at = ((static_cast<int64_t>(view.seq) * heads + q) * kv_heads + view.head) * d;
-    std::memcpy(args.key_sum + at, w.sums + static_cast<int64_t>(q) * d, sizeof(float) * static_cast<size_t>(d));
+}
+
+// Keys of a page as they are summed: as stored if that is before RoPE, else turned back.
+void Call::decode_for_sum(const View &view, int64_t page, int first, int last, float *out) const {
+  const uint8_t *slice = view.slice(page, at);
+  ops.dequantize(layer.k, slice + at.k_codes, slice + at.k_scales, slice + at.k_zeros, layer.page_dtype, d,
+                 layer.block_size, first, last, out);
+  if (coded_before_rope(layer)) return;
+  const int count = last - first;
+  const int64_t slot = page * layer.block_size + first;
+  if (rotated(layer.k)) ops.hadamard(out, count, d);
+  if (!args.cache.positions) return turn_back(out, rope_row(view, slot), count, d);
+  for (int t = 0; t < count; t++) turn_back(out + static_cast<int64_t>(t) * d, rope_row(view, slot + t), 1, d);
+}
+
+void Call::finish_keys(const View &view, const Work &w) const {
+  const bool before = coded_before_rope(layer);
+  // the table's rows are all stretched alike
+  const float *row = layer.rope, stretch = before ? 1.0f : row[0] * row[0] + row[half] * row[half];
+  const float *mean = k_mean(layer, view.head);
+  for (int q = 0; q < layer.num_heads; q++) {
+    const int64_t index = static_cast<int64_t>(view.seq) * layer.num_heads + q;
+    float *sum = w.sums;
+    std::fill_n(sum, d, 0.0f);
+    for (int64_t part = 0; part < parts; part++) {
+      const float *x = key_part(view, part) + static_cast<int64_t>(q) * d;
+      for (int i = 0; i < d; i++) sum[i] += x[i];
+    }
+    if (before && rotated(layer.k)) ops.hadamard(sum, 1, d);
+    for (int i = 0; i < d; i++) sum[i] = sum[i] / stretch + (mean ? key_mass[index] * mean[i] : 0.0f);
+    std::memcpy(key_sum + (index * layer.num_kv_heads + view.head) * d, sum, sizeof(float) * static_cast<size_t>(d));
+  }
+}
+
+void Call::add_predictions(const View &view) const {
+  for (int q = view.head * group; q < (view.head + 1) * group; q++) {
+    const int64_t index = static_cast<int64_t>(view.seq) * layer.num_heads + q;
+    float *out = rows + index * d;
+    add_product(layer.v_weight, key_sum + index * kv_width(layer), kv_width(layer), view.head * d, d, out);
+    store_row(out, args.out, args.dtype, view.seq * args.out_row_stride + q * args.out_head_stride, d);
   }
 }
 

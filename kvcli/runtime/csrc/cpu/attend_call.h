@@ -4,12 +4,14 @@
 //           are one unit more. A head's state there is [group][head_dim] sums, then [group] maxima, then [group] masses.
 //           A unit takes its kv heads in turn at every run of pages, for their slices lie side by side.
 //   merge   the units of a head, in ascending order, become the output, the log-sum-exp and the weights per slot.
-//   keys    sums of decoded keys, which need the weights of all heads.
+//   keys    sums of decoded keys, which need the weights of all heads, in parts that `finish_keys` puts together. Where
+//           values are predicted from keys, the sums times the predictor's weight are what the codes leave out:
+//           o = W (sum p K^) + m b + sum p R^ + what is exact, m being the mass on packed tokens (its b comes as v_mean).
 //
 // The sums of packed values stay as stored, rotated and without their mean: rotation and mean come in once, in merge.
 #pragma once
 
-#include "transforms.h"
+#include "predict.h"
 
 namespace kvrt {
 
@@ -48,6 +50,11 @@ struct Call {
   int64_t mass_stride;
   float *states;
   int64_t unit_floats, units;  // of one head; the last is the exact one
+  float *rows;      // [num_seqs][num_heads][head_dim]: the output but for what keys tell of values; null: goes out at once
+  float *key_sum;   // the caller's, or scratch where only predictions need it; null: nobody does
+  float *key_mass;  // packed_mass likewise
+  float *key_parts; // [num_seqs * num_kv_heads * parts][num_heads][head_dim]
+  int64_t parts;    // in which a head's keys are summed
 
   static int64_t unit_size(const kv_layer &l) {
     const int64_t group = l.num_heads / l.num_kv_heads;
@@ -71,7 +78,9 @@ struct Call {
 
   void run_unit(int seq, int64_t unit, const Work &work) const;
   void merge(const View &view, const Work &work) const;
-  void sum_keys(const View &view, const Work &work) const;
+  void sum_keys(const View &view, int64_t part, const Work &work) const;
+  void finish_keys(const View &view, const Work &work) const;  // of one kv head's keys
+  void add_predictions(const View &view) const;
 
  private:
   void load_query(const View &view, const Work &work) const;
@@ -84,6 +93,11 @@ struct Call {
   void prepare(const View &view, const Work &work) const;
   void run_pages(const View &view, const Span &span, int64_t page, int64_t to, const Work &work, float *state) const;
   void run_rows(const View &view, const Span &span, bool sinks, const Work &work, float *state) const;
+  void decode_for_sum(const View &view, int64_t page, int first, int last, float *out) const;
+  float *key_part(const View &view, int64_t part) const {
+    const int64_t owner = static_cast<int64_t>(view.seq) * layer.num_kv_heads + view.head;
+    return key_parts + (owner * parts + part) * layer.num_heads * d;
+  }
 };
 
 }  // namespace kvrt

@@ -24,6 +24,8 @@ static inline const float *v_mean(const kv_layer &l, int head) {
   return kv_is_exact(&l.v) || !l.v_mean ? nullptr : l.v_mean + static_cast<int64_t>(head) * l.head_dim;
 }
 static inline bool coded_before_rope(const kv_layer &l) { return l.rope_before && !kv_is_exact(&l.k); }
+// keys as predictors of values see them lie before RoPE
+static inline bool turns_for_values(const kv_layer &l) { return l.v_weight && !coded_before_rope(l); }
 static inline int exact_page_dtype(const kv_layer &l, const kv_format &f) {
   return f.bits == 32 ? KV_F32 : l.page_dtype;
 }
@@ -56,11 +58,14 @@ static inline int check_layer(const kv_layer *l) {
     return KVRT_INVALID;
   }
   const bool turns = !kv_is_exact(&l->k) && (l->rope_before || l->k_mean);
-  return turns && !l->rope ? KVRT_INVALID : KVRT_OK;
+  if (l->v_weight && kv_is_exact(&l->v)) return KVRT_INVALID;
+  return (turns || turns_for_values(*l)) && !l->rope ? KVRT_INVALID : KVRT_OK;
 }
 
 static inline int check_cache(const kv_layer &l, const kvrt_cache &c, bool needs_lengths) {
   if (c.num_seqs < 0 || c.max_pages < 0) return KVRT_INVALID;
+  // values are predicted from the keys of all heads in a slot
+  if (l.v_weight && (c.block_table_head_stride || c.length_head_stride)) return KVRT_UNSUPPORTED;
   if (c.num_seqs && (!c.block_tables || (needs_lengths && !c.lengths))) return KVRT_INVALID;
   if (c.num_seqs && needs_lengths && ((l.sink_tokens && !c.sinks) || (!l.portable && l.tail_tokens && !c.tail)))
     return KVRT_INVALID;

@@ -1,7 +1,7 @@
 // kvrt_expand: pages to dense keys and values.
 #include <new>
 
-#include "transforms.h"
+#include "predict.h"
 
 namespace kvrt {
 namespace {
@@ -22,8 +22,10 @@ int expand(const kv_layer *layer, const kvrt_expand_args *args, const kvrt_exec 
   const int64_t block = l.block_size, begin = args->first, end = begin + args->count;
   const int64_t first_page = begin / block, pages = (end + block - 1) / block - first_page;
   // RoPE comes in where the stored side of it is not the wanted one, and with the mean of keys after it
+  const bool predicts = args->v && l.v_weight;
   const bool turns =
-      args->k && (coded_before_rope(l) ? !args->keys_before_rope : args->keys_before_rope || k_mean(l, 0));
+      (args->k && (coded_before_rope(l) ? !args->keys_before_rope : args->keys_before_rope || k_mean(l, 0))) ||
+      (predicts && turns_for_values(l));
   if (turns && !l.rope) return KVRT_INVALID;
   for (int h = 0; h < l.num_kv_heads; h++) {
     const View view{l, cache, args->sequence, h};
@@ -35,25 +37,14 @@ int expand(const kv_layer *layer, const kvrt_expand_args *args, const kvrt_exec 
   const PageOps &ops = current_ops();
   const kv_page_layout at = kv_layout_of(layer);
   const int d = l.head_dim;
-  const int64_t jobs = pages * l.num_kv_heads;
-  const int threads = threads_for(exec, jobs, static_cast<double>(args->count) * l.num_kv_heads * d * 10);
-  const Scratch scratch(block * d, threads);
-  if (!scratch.data()) return KVRT_NO_MEMORY;
-
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t i = 0; i < jobs; i++) {
-    float *x = scratch.mine();
-    const View view{l, cache, args->sequence, static_cast<int>(i / pages)};
-    const int64_t page = first_page + i % pages;
-    const int first = static_cast<int>(std::max(begin - page * block, int64_t{0}));
-    const int last = static_cast<int>(std::min(end - page * block, block));
+  const auto write = [&](const View &view, int64_t page, int first, int last, Offset offset, float *x) {
     for (int key = 1; key >= 0; key--) {
       void *out = key ? args->k : args->v;
       if (!out) continue;
       if (key)
         decode_keys(ops, view, at, page, first, last, args->keys_before_rope != 0, x);
       else
-        decode_values(ops, view, at, page, first, last, x);
+        decode_values(ops, view, at, page, first, last, offset, x);
       for (int t = first; t < last; t++) {
         const int64_t slot = page * block + t;
         float *row = x + static_cast<int64_t>(t - first) * d;
@@ -64,6 +55,29 @@ int expand(const kv_layer *layer, const kvrt_expand_args *args, const kvrt_exec 
         store_row(row, out, args->dtype, to, d);
       }
     }
+  };
+
+  // a prediction is of all heads, which are one job then
+  const int64_t width = kv_width(l), jobs = predicts ? pages : pages * l.num_kv_heads;
+  const double work = static_cast<double>(args->count * width * (predicts ? 10 + width : 10));
+  const int threads = threads_for(exec, jobs, work);
+  const Scratch scratch(block * d + predict_floats(l), threads);
+  if (!scratch.data()) return KVRT_NO_MEMORY;
+
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t i = 0; i < jobs; i++) {
+    float *x = scratch.mine(), *room = x + block * d, *predicted = room + block * (width + d);
+    const int64_t page = first_page + i % pages;
+    const int first = static_cast<int>(std::max(begin - page * block, int64_t{0}));
+    const int last = static_cast<int>(std::min(end - page * block, block));
+    const View view{l, cache, args->sequence, static_cast<int>(i / pages)};
+    if (!predicts) {
+      write(view, page, first, last, {v_mean(l, view.head), 0}, x);
+      continue;
+    }
+    predict_values(ops, view, at, page, first, last, room, predicted);
+    for (int h = 0; h < l.num_kv_heads; h++)
+      write(View{l, cache, args->sequence, h}, page, first, last, {predicted + h * d, width}, x);
   }
   return KVRT_OK;
 }

@@ -30,19 +30,26 @@ static inline const float *rope_row(const View &view, int64_t slot) {
   return view.layer.rope + view.position(slot) * view.layer.head_dim;
 }
 
+// What is taken off a head's keys, before RoPE, or values before they are coded: a mean, or a prediction a token.
+struct Offset {
+  const float *first;
+  int64_t stride;  // from one token's to the next's
+  const float *of(int t) const { return first ? first + t * stride : nullptr; }
+};
+
 // exact keys after RoPE of slots slot ... slot + count - 1 to what is coded, in place
-static inline void keys_to_stored(const PageOps &ops, const View &view, int64_t slot, int count, float *x) {
+static inline void keys_to_stored(const PageOps &ops, const View &view, int64_t slot, int count, Offset offset,
+                                  float *x) {
   const kv_layer &l = view.layer;
   const int d = l.head_dim;
-  const float *mean = k_mean(l, view.head);
   float turned[KV_MAX_HEAD_DIM];
-  for (int t = 0; t < count && (l.rope_before || mean); t++) {
+  for (int t = 0; t < count && (l.rope_before || offset.first); t++) {
     float *row = x + static_cast<int64_t>(t) * d;
-    const float *off = mean;
+    const float *off = offset.of(t);
     if (l.rope_before) {
       rope_unrotate(row, rope_row(view, slot + t), d);
     } else {
-      rope_rotate(mean, rope_row(view, slot + t), d, turned);
+      rope_rotate(off, rope_row(view, slot + t), d, turned);
       off = turned;
     }
     if (off)
@@ -51,11 +58,10 @@ static inline void keys_to_stored(const PageOps &ops, const View &view, int64_t 
   if (rotated(l.k)) ops.hadamard(x, count, d);
 }
 
-static inline void values_to_stored(const PageOps &ops, const View &view, int count, float *x) {
+static inline void values_to_stored(const PageOps &ops, const View &view, int count, Offset offset, float *x) {
   const int d = view.layer.head_dim;
-  if (const float *mean = v_mean(view.layer, view.head))
-    for (int t = 0; t < count; t++)
-      for (int i = 0; i < d; i++) x[static_cast<int64_t>(t) * d + i] -= mean[i];
+  for (int t = 0; t < count && offset.first; t++)
+    for (int i = 0; i < d; i++) x[static_cast<int64_t>(t) * d + i] -= offset.of(t)[i];
   if (rotated(view.layer.v)) ops.hadamard(x, count, d);
 }
 
@@ -95,7 +101,7 @@ static inline void decode_keys(const PageOps &ops, const View &view, const kv_pa
 }
 
 static inline void decode_values(const PageOps &ops, const View &view, const kv_page_layout &at, int64_t page,
-                                 int first, int last, float *out) {
+                                 int first, int last, Offset offset, float *out) {
   const kv_layer &l = view.layer;
   const int d = l.head_dim, count = last - first;
   const uint8_t *slice = view.slice(page, at);
@@ -106,9 +112,8 @@ static inline void decode_values(const PageOps &ops, const View &view, const kv_
   ops.dequantize(l.v, slice + at.v_codes, slice + at.v_scales, slice + at.v_zeros, l.page_dtype, d, l.block_size,
                  first, last, out);
   if (rotated(l.v)) ops.hadamard(out, count, d);
-  if (const float *mean = v_mean(l, view.head))
-    for (int t = 0; t < count; t++)
-      for (int i = 0; i < d; i++) out[static_cast<int64_t>(t) * d + i] += mean[i];
+  for (int t = 0; t < count && offset.first; t++)
+    for (int i = 0; i < d; i++) out[static_cast<int64_t>(t) * d + i] += offset.of(t)[i];
 }
 
 }  // namespace kvrt

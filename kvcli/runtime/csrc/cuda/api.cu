@@ -56,7 +56,7 @@ int check_layer(const kv_layer* layer) {
   const int block = layer->block_size;
   if (block != 16 && block != 32 && block != 64 && block != 128) return KVRT_INVALID;
   if (layer->head_dim < 1) return KVRT_INVALID;
-  if (layer->head_dim % 8 || layer->head_dim > KV_MAX_HEAD_DIM) return KVRT_UNSUPPORTED;
+  if (layer->head_dim % 8 || layer->head_dim > KV_MAX_HEAD_DIM || layer->v_weight) return KVRT_UNSUPPORTED;
   if (!is_dtype(layer->page_dtype) || !is_dtype(layer->exact_dtype) || layer->page_dtype == KV_F32) return KVRT_INVALID;
   if (!layer->portable && layer->tail_tokens < layer->residual_window + block - 1) return KVRT_INVALID;
   const bool turns = !kv_is_exact(&layer->k) && (layer->rope_before || layer->k_mean);
@@ -127,6 +127,7 @@ int kvrt_append(const kv_layer* layer, const kvrt_append_args* args, const kvrt_
   int status = check_layer(layer);
   if (status) return status;
   if (!args || args->max_new < 0 || !is_dtype(args->dtype)) return KVRT_INVALID;
+  if (args->k_predicted || args->v_predicted) return KVRT_UNSUPPORTED;
   if ((status = check_cache(*layer, args->cache, true)) != KVRT_OK) return status;
   if (!args->starts && args->max_new > 1) return KVRT_INVALID;
   if (!args->cache.num_seqs || !args->max_new) return KVRT_OK;
