@@ -21,7 +21,7 @@ from kvcli.plan import CachePlan
 from kvcli.quant import grids
 from kvcli.quant.format import KVFormat
 
-VERSION = 2
+VERSION = 3
 LIBRARIES = Path(__file__).parent / "lib"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PACKED, EXACT, ALL = 1, 2, 3
@@ -135,7 +135,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         c_int,
         (
             c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32, c_int32, c_int32, c_int32,
-            POINTER(Exec),
+            c_int32, POINTER(Exec),
         ),
     ),
     "kvrt_int4_expand": (
