@@ -64,6 +64,10 @@ def serve(
     weights: Annotated[
         Literal["none", "int4"], option("--weights", help="Keep the weights as they are, or in 4 bits.")
     ] = "none",
+    activations: Annotated[
+        Literal["8", "16"],
+        option("--activations", help="Bits that products of 4-bit weights round activations to; 8 is faster."),
+    ] = "8",
     deterministic: Annotated[
         bool, option("--deterministic", help="Greedy answers are the same whatever else runs; slower.")
     ] = False,
@@ -122,8 +126,9 @@ def serve(
         PackedModel(loaded, opened.plan, opened.tensors()),
         EngineConfig(
             memory=cache_bytes or _half_of_what_is_free(), max_num_seqs=max_num_seqs, max_queue=queue,
-            max_context=max_context or None, deterministic=deterministic, weights=weights, threads=threads,
-            prefix_caching=prefix_caching, preemption=preemption,
+            max_context=max_context or None, deterministic=deterministic, weights=weights,
+            activations=8 if activations == "8" else 16, threads=threads, prefix_caching=prefix_caching,
+            preemption=preemption,
         ),
     )  # fmt: skip
     stats = engine.stats()

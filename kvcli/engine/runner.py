@@ -55,8 +55,9 @@ class EngineRunner(ModelRunner):
         self.size = PoolSize.of(model.plan, config, model.loaded.max_context)
         self.chunk = min(config.chunk, self.size.max_context)
         super().__init__(
-            model.loaded, model.plan, model.tensors, weights=config.weights, capacity=self.size.max_context,
-            batch_size=self.size.num_seqs, threads=config.threads, deterministic=config.deterministic,
+            model.loaded, model.plan, model.tensors, weights=config.weights, activations=config.activations,
+            capacity=self.size.max_context, batch_size=self.size.num_seqs, threads=config.threads,
+            deterministic=config.deterministic,
         )  # fmt: skip
 
     def resize(self, *, capacity: int, batch_size: int = 1) -> None:

@@ -135,7 +135,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         c_int,
         (
             c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32, c_int32, c_int32, c_int32,
-            POINTER(Exec),
+            c_int32, POINTER(Exec),
         ),
     ),
     "kvrt_int4_expand": (

@@ -10,7 +10,7 @@ from ctypes import byref
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ TILE = 16  # outputs that lie side by side
 # their codes in 0.024 ms a row. From 64 rows on writing out is the faster.
 FEW_ROWS = 64
 SCRATCH = 1 << 21  # weights written out at a time: 4 MB of bf16, so that they stay in the cache until they are read
+
+
+Activations = Literal[8, 16]
 
 
 class Grid(IntEnum):
@@ -121,7 +124,10 @@ class Scratch:
 class Int4:
     """Weights in 4 bits, with a float16 scale and zero for a group of inputs of an output.
 
-    They are kept only as the kernels read them. Activations and results are bf16, results also float32.
+    They are kept only as the kernels read them. Activations and results are bf16, results also float32. A product rounds
+    each group of activations to integers with a scale of its own. With 16 bits that costs nothing that could be
+    measured, and many rows are faster multiplied in bf16, by weights written out; with 8, as in llama.cpp's Q8_0, the
+    integers are the fastest for any number of rows.
 
     Parameters
     ----------
@@ -134,8 +140,15 @@ class Int4:
         Shared by all layers of a model.
     threads
         Of the kernels; 0 for as many as torch uses.
+    activations
+        Bits of them in products of integers.
     few_rows
-        Rows up to which codes are multiplied rather than weights written out.
+        Rows up to which codes are multiplied rather than weights written out, with activations of 16 bits.
+
+    Attributes
+    ----------
+    rows_alone
+        Whether the result of no row depends on how many there are.
 
     Raises
     ------
@@ -152,13 +165,15 @@ class Int4:
         *,
         scratch: Scratch | None = None,
         threads: int = 0,
+        activations: Activations = 16,
         few_rows: int = FEW_ROWS,
     ) -> None:
         given = weight.codes if isinstance(weight, Codes) else weight
         if given.device.type != "cpu":
             raise UsageError("int4 weights run on the CPU only; leave out --weights int4 on a GPU.")
         self.shape = (given.shape[0], given.shape[1])
-        self.scratch, self.few_rows = scratch or Scratch(), few_rows
+        self.scratch, self.few_rows, self.activations = scratch or Scratch(), few_rows, activations
+        self.rows_alone = activations == 8
         self.bias = None if bias is None else bias.to(torch.bfloat16)
         self.exec = kvrt.Exec(threads or torch.get_num_threads(), 0, None)
         self.library = kvrt.library("cpu")
@@ -191,12 +206,12 @@ class Int4:
         return gather
 
     def _bind(self, x: Tensor, out: Tensor) -> Callable[[], object]:
-        if x.shape[0] > self.few_rows:
+        if x.shape[0] > self.few_rows and not self.rows_alone:
             return partial(self._many, x, out)
         return self.library.bind(
             "int4_matmul", out.data_ptr(), x.data_ptr(), self.packed.data_ptr(),
             kvrt.pointer(self.bias), x.shape[0], *self.shape, self.group, self.grid, kvrt.DTYPES[x.dtype],
-            kvrt.DTYPES[out.dtype], byref(self.exec), kept=(x, out),
+            kvrt.DTYPES[out.dtype], self.activations, byref(self.exec), kept=(x, out),
         )  # fmt: skip
 
     def _many(self, x: Tensor, out: Tensor) -> None:

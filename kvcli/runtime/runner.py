@@ -18,6 +18,7 @@ from kvcli.errors import KvcliError, UsageError
 from kvcli.models.loading import LoadedModel
 from kvcli.plan import CachePlan
 from kvcli.runtime import kvrt
+from kvcli.runtime.linear import Activations
 from kvcli.runtime.native_cache import NativeCache
 from kvcli.runtime.passes import Pass
 from kvcli.runtime.prefill import ChunkAttention, TokenAttention
@@ -42,6 +43,8 @@ class ModelRunner:
         Which kernels.
     weights
         ``int4`` stores linear layers in 4 bits.
+    activations
+        Bits that products of 4-bit layers round activations to: 8 is faster, and costs a little fidelity.
     dtype
         What to compute in: by default the plan's dtype; bfloat16 for int4 and, on a CPU, for a checkpoint's own codes.
     capacity, batch_size
@@ -69,6 +72,7 @@ class ModelRunner:
         *,
         backend: Backend = "cpu",
         weights: Kind = "none",
+        activations: Activations = 16,
         dtype: torch.dtype | None = None,
         capacity: int,
         batch_size: int = 1,
@@ -92,8 +96,9 @@ class ModelRunner:
             raise UsageError("int4 weights run on the CPU only; leave out --weights int4 on a GPU.")
         self.threads, self.block = threads or torch.get_num_threads(), BLOCK if deterministic else 0
         self.weights = ModelWeights(
-            loaded, dtype=self.dtype, kind=weights, device=self.device, block=self.block, threads=self.threads
-        )
+            loaded, dtype=self.dtype, kind=weights, device=self.device, block=self.block, threads=self.threads,
+            activations=activations,
+        )  # fmt: skip
         self.resize(capacity=capacity, batch_size=batch_size)
 
     def resize(self, *, capacity: int, batch_size: int = 1) -> None:

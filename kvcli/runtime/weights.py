@@ -15,7 +15,7 @@ from kvcli.models.architectures import check_model_type
 from kvcli.models.loading import LoadedModel
 from kvcli.plan import CachePlan
 from kvcli.runtime.kvrt import check_predictors
-from kvcli.runtime.linear import Blocks, Dense, Int4, Linear, Scratch, check_width
+from kvcli.runtime.linear import Activations, Blocks, Codes, Dense, Int4, Linear, Scratch, check_width
 from kvcli.runtime.stored_codes import codes_of
 
 Kind = Literal["none", "int4"]
@@ -68,6 +68,8 @@ class ModelWeights:
         Rows that linear layers compute at a time, so that no row depends on how many there are; 0 for all.
     threads
         Of int4 layers on a CPU; 0 for as many as torch uses.
+    activations
+        Bits that products of 4-bit layers round activations to.
 
     Attributes
     ----------
@@ -91,10 +93,11 @@ class ModelWeights:
         device: torch.device,
         block: int = 0,
         threads: int = 0,
+        activations: Activations = 16,
     ) -> None:
         model: Any = loaded.model
         self._dtype, self._kind, self._device, self._block, self._threads = dtype, kind, device, block, threads
-        self.scratch = Scratch()
+        self._activations, self.scratch = activations, Scratch()
         self.logits_dtype = torch.float32 if kind == "int4" else dtype
         packs = loaded.quantized is not None and device.type == "cpu" and dtype == torch.bfloat16
         self._stored = loaded.quantized.layers if loaded.quantized is not None and packs else {}
@@ -139,18 +142,25 @@ class ModelWeights:
         names = [self._names[id(m)] for m in modules]
         codes = codes_of([self._stored[x] for x in names]) if all(x in self._stored for x in names) else None
         if codes is not None:
-            made = Int4(codes, bias, scratch=self.scratch, threads=self._threads)
+            made = self._int4(codes, bias)
             if release:
                 _release(*modules)
-            return Blocks(made, self._block) if self._block else made
+            return self._in_blocks(made)
         weight = fuse([m.weight for m in modules])
         if self._kind == "int4":
-            made = Int4(weight.to(self._device), bias, scratch=self.scratch, threads=self._threads)
+            made = self._int4(weight.to(self._device), bias)
             if release:
                 _release(*modules)
         else:
             made = Dense(self._move(weight) if moved is None else moved, bias)
-        return Blocks(made, self._block) if self._block else made
+        return self._in_blocks(made)
+
+    def _int4(self, weight: Tensor | Codes, bias: Tensor | None) -> Int4:
+        return Int4(weight, bias, scratch=self.scratch, threads=self._threads, activations=self._activations)
+
+    def _in_blocks(self, made: Linear) -> Linear:
+        alone = isinstance(made, Int4) and made.rows_alone
+        return Blocks(made, self._block) if self._block and not alone else made
 
     @property
     def nbytes(self) -> int:

@@ -48,7 +48,7 @@ def test_hadamard_is_the_reference_s_bit_for_bit(dim: int, library: Emulated) ->
 def test_int4_products_are_refused_by_name(library: Emulated) -> None:
     x = torch.zeros(1, 64)
     with pytest.raises(kvrt.NativeError, match="int4_matmul: not implemented"):
-        library.call("int4_matmul", x.data_ptr(), x.data_ptr(), x.data_ptr(), None, 1, 16, 64, 32, 0, 0, 0, None)
+        library.call("int4_matmul", x.data_ptr(), x.data_ptr(), x.data_ptr(), None, 1, 16, 64, 32, 0, 0, 0, 16, None)
     with pytest.raises(kvrt.NativeError, match="int4_expand: not implemented"):
         library.call("int4_expand", x.data_ptr(), x.data_ptr(), 0, 16, 64, 32, 0, None)
 

@@ -76,6 +76,15 @@ def test_the_two_ways_to_multiply_agree() -> None:
     assert float((few - many).norm() / few.norm()) < 0.01
 
 
+@pytest.mark.parametrize("rows", [1, 13, 100])
+def test_with_activations_of_a_byte_no_row_depends_on_the_others(rows: int) -> None:
+    weight, x = random(200, 96), random(rows, 96, seed=1).bfloat16()
+    layer = Int4(weight, activations=8)
+    expected, found = x.double() @ stored(weight).t(), run(layer, x)
+    assert 0.001 < float((found - expected).norm() / expected.norm()) < 0.01
+    assert torch.equal(torch.cat([run(layer, row[None]) for row in x]), found)
+
+
 def test_layers_share_their_scratch() -> None:
     scratch = Scratch()
     for seed in range(3):

@@ -155,11 +155,12 @@ enum {
 /* Linear layers with weights of 4-bit codes; `group` inputs of an output share scale and zero, both float16. Bytes lie as
  * cpu/int4.h shows, outputs padded to a multiple of 16. CPU only so far.
  *
- * y [rows][out_features] of out_dtype = x [rows][in_features] W^T + bias, x and bias (or null) of dtype, made for a few
- * rows. Each group of activations is rounded to 1/16256 of its largest; sums are exact and no row depends on another. */
+ * y [rows][out_features] of out_dtype = x [rows][in_features] W^T + bias, x and bias (or null) of dtype. Each group of
+ * activations is rounded to 1/16256 of its largest with 16 activation_bits, made for a few rows, and to 1/127 with 8, made
+ * for any number; sums are exact and no row depends on another. */
 KVRT_API int kvrt_int4_matmul(void *y, const void *x, const void *weights, const void *bias, int64_t rows,
                               int32_t out_features, int32_t in_features, int32_t group, int32_t grid, int32_t dtype,
-                              int32_t out_dtype, const kvrt_exec *exec);
+                              int32_t out_dtype, int32_t activation_bits, const kvrt_exec *exec);
 
 /* Weights of outputs first ... first + count - 1 as bf16 [in_features][count], for a product of many rows; first and
  * count are multiples of 16. */

@@ -25,12 +25,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def multiply(
     x: Tensor, packed: Tensor, outputs: int, *, bias: Tensor | None = None, out: torch.dtype = torch.float32,
-    threads: int = 1, group: int = GROUP, grid: Grid = Grid.ZERO_WEIGHT,
+    threads: int = 1, group: int = GROUP, grid: Grid = Grid.ZERO_WEIGHT, bits: int = 16,
 ) -> Tensor:  # fmt: skip
     y = torch.full((len(x), outputs), torch.nan, dtype=out)
     cpu_library().call(
         "int4_matmul", y.data_ptr(), x.data_ptr(), packed.data_ptr(), kvrt.pointer(bias), len(x), outputs, x.shape[1],
-        group, grid, kvrt.DTYPES[x.dtype], kvrt.DTYPES[out], byref(kvrt.Exec(threads, 0)),
+        group, grid, kvrt.DTYPES[x.dtype], kvrt.DTYPES[out], bits, byref(kvrt.Exec(threads, 0)),
     )  # fmt: skip
     return y
 
@@ -40,12 +40,16 @@ def stored(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return codes.double() * scale + zero
 
 
-@settings(deadline=None, max_examples=60)
+BITS = st.sampled_from((8, 16))
+LEVELS = {8: 127, 16: 16256}  # of a group's largest activation
+
+
+@settings(deadline=None, max_examples=100)
 @given(
-    st.integers(1, 9), st.integers(1, 70), st.integers(1, 5), st.sampled_from(list(kvrt.DTYPES)), st.booleans(),
-    st.integers(0, 99), st.sampled_from((1, 30.0, 1e-3)),
+    st.integers(1, 17), st.integers(1, 70), st.integers(1, 5), st.sampled_from(list(kvrt.DTYPES)), st.booleans(),
+    st.integers(0, 99), st.sampled_from((1, 30.0, 1e-3)), BITS,
 )  # fmt: skip
-def test_all_variants_give_the_same_product(rows, outputs, groups, dtype, biased, seed, outlier):
+def test_all_variants_give_the_same_product(rows, outputs, groups, dtype, biased, seed, outlier, bits):
     x = random(rows, groups * GROUP, seed=seed)
     x[:, seed % x.shape[1]] *= outlier
     x = x.to(dtype)
@@ -54,28 +58,30 @@ def test_all_variants_give_the_same_product(rows, outputs, groups, dtype, biased
     found = []
     for name in VARIANTS:
         cpu_library().use(name)
-        found.append(multiply(x, pack(*parts), outputs, bias=bias))
+        found.append(multiply(x, pack(*parts), outputs, bias=bias, bits=bits))
         assert torch.equal(found[0], found[-1]), name
-    # a group's activations are off by at most half a step of 1/16256 of its largest, and sums are float32
+    # a group's activations are off by at most half a step of its largest, and sums are float32
     largest = x.double().abs().unflatten(1, (-1, GROUP)).amax(-1).repeat_interleave(GROUP, 1)
-    off = largest @ weight.abs().t() / 16256 / 2 + (x.double().abs() @ weight.abs().t()) * 2e-6
+    off = largest @ weight.abs().t() / LEVELS[bits] / 2 + (x.double().abs() @ weight.abs().t()) * 2e-6
     exact = x.double() @ weight.t() + (0 if bias is None else bias.double())
     assert bool(((found[0] - exact).abs() <= off + exact.abs() * 1e-6 + 1e-6).all())
 
 
-def test_no_row_depends_on_another_or_on_the_threads(variant):
-    x, parts = random(11, 128), quantise(random(4000, 128, seed=1))
-    whole = multiply(x, pack(*parts), 4000)
-    assert torch.equal(multiply(x, pack(*parts), 4000, threads=2), whole)
-    for rows in (slice(0, 1), slice(3, 5), slice(4, 11)):
-        assert torch.equal(multiply(x[rows].contiguous(), pack(*parts), 4000), whole[rows])
+@pytest.mark.parametrize("bits", LEVELS)
+def test_no_row_depends_on_another_or_on_the_threads(bits, variant):
+    x, parts = random(27, 128), quantise(random(4000, 128, seed=1))
+    whole = multiply(x, pack(*parts), 4000, bits=bits)
+    assert torch.equal(multiply(x, pack(*parts), 4000, threads=2, bits=bits), whole)
+    for rows in (slice(0, 1), slice(3, 5), slice(4, 11), slice(5, 20)):
+        assert torch.equal(multiply(x[rows].contiguous(), pack(*parts), 4000, bits=bits), whole[rows])
 
 
-def test_zeros_give_the_bias_and_what_is_not_finite_stays_so(variant):
+@pytest.mark.parametrize("bits", LEVELS)
+def test_zeros_give_the_bias_and_what_is_not_finite_stays_so(bits, variant):
     x, parts, bias = random(4, 64), quantise(random(20, 64, seed=1)), random(20, seed=2)
     x[0] = 0
     x[1, 40], x[2, 3] = torch.inf, torch.nan
-    out = multiply(x, pack(*parts), 20, bias=bias)
+    out = multiply(x, pack(*parts), 20, bias=bias, bits=bits)
     assert torch.equal(out[0], bias)
     assert out[1:3].isnan().all()
     assert out[3].isfinite().all()
@@ -99,22 +105,22 @@ def on_grid(grid: Grid, group: int, outputs: int, width: int, seed: int) -> tupl
 
 
 @given(
-    st.integers(1, 9), st.integers(1, 40), st.integers(1, 3), st.sampled_from((8, 64, 192, 1024)),
-    st.sampled_from((Grid.ZERO_CODE, Grid.NF4)), st.integers(0, 99),
+    st.integers(1, 17), st.integers(1, 40), st.integers(1, 3), st.sampled_from((8, 64, 192, 1024)),
+    st.sampled_from((Grid.ZERO_CODE, Grid.NF4)), st.integers(0, 99), BITS,
 )  # fmt: skip
-@settings(max_examples=40)
-def test_codes_of_checkpoints_are_multiplied_as_they_are(rows, outputs, groups, group, grid, seed):
+@settings(max_examples=60)
+def test_codes_of_checkpoints_are_multiplied_as_they_are(rows, outputs, groups, group, grid, seed, bits):
     codes, scale, zero, weight = on_grid(grid, group, outputs, groups * group, seed)
     x, found = random(rows, groups * group, seed=seed), []
     for name in VARIANTS:
         cpu_library().use(name)
-        found.append(multiply(x, pack(codes, scale, zero, group), outputs, group=group, grid=grid))
+        found.append(multiply(x, pack(codes, scale, zero, group), outputs, group=group, grid=grid, bits=bits))
         assert torch.equal(found[0], found[-1]), name
     largest = x.double().abs().unflatten(1, (-1, group)).amax(-1).repeat_interleave(group, 1)
     whole = (codes + 16 if grid == Grid.ZERO_CODE else torch.ones_like(codes)) * scale.double().repeat_interleave(
         group, 1
     )
-    off = largest @ weight.abs().t() / 16256 / 2 + x.double().abs() @ whole.t() * (
+    off = largest @ weight.abs().t() / LEVELS[bits] / 2 + x.double().abs() @ whole.t() * (
         2e-6 if grid == Grid.ZERO_CODE else 1e-4
     )
     assert bool(((found[0] - x.double() @ weight.t()).abs() <= off + 1e-6).all())
@@ -142,7 +148,7 @@ def test_weights_are_written_out_side_by_side(first, variant):
 @pytest.mark.parametrize(
     "wrong",
     [{"rows": -1}, {"out_features": 0}, {"in_features": 40}, {"group": 12}, {"group": 0}, {"grid": 3}, {"grid": -1},
-     {"dtype": 7}],
+     {"dtype": 7}, {"bits": 4}],
 )  # fmt: skip
 def test_contradictions_are_refused(wrong):
     x = torch.zeros(1, 64)
@@ -154,11 +160,12 @@ def test_contradictions_are_refused(wrong):
         "grid": 0,
         "dtype": 0,
         "out_dtype": 0,
+        "bits": 16,
         **wrong,
     }
     call = cpu_library().function("int4_matmul")
     assert call(x.data_ptr(), x.data_ptr(), x.data_ptr(), None, *args.values(), None) == 1
-    assert call(x.data_ptr(), x.data_ptr(), None, None, 1, 16, 64, 32, 0, 0, 0, None) == 1
+    assert call(x.data_ptr(), x.data_ptr(), None, None, 1, 16, 64, 32, 0, 0, 0, 16, None) == 1
 
 
 def test_padding_and_layout_of_a_tile():

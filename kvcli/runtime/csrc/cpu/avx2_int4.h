@@ -3,11 +3,12 @@
 
 #include <immintrin.h>
 
-#include "int4.h"
+#include "int4_byte.h"
 
 namespace kvrt {
 
 struct Avx2Lanes {
+  static constexpr int kRows = 2;
   struct Int {
     __m256i at[2];
   };
@@ -63,6 +64,14 @@ struct Avx2Lanes {
       out.at[i] = _mm256_cvtepi32_ps(_mm256_add_epi32(h, l));
     }
     return out;
+  }
+  static Int plus(Int x, const Int &y) {
+    for (int i = 0; i < 2; i++) x.at[i] = _mm256_add_epi32(x.at[i], y.at[i]);
+    return x;
+  }
+  static Int high(Int x) {
+    for (int i = 0; i < 2; i++) x.at[i] = _mm256_slli_epi32(x.at[i], 7);
+    return x;
   }
   static Float number(const Int &x) { return {{_mm256_cvtepi32_ps(x.at[0]), _mm256_cvtepi32_ps(x.at[1])}}; }
   static Float product(const Float &x, const Float &y) {

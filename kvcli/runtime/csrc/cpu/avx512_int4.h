@@ -3,11 +3,12 @@
 
 #include <immintrin.h>
 
-#include "int4.h"
+#include "int4_byte.h"
 
 namespace kvrt {
 
 struct Avx512Lanes {
+  static constexpr int kRows = 8;
   using Int = __m512i;
   using Float = __m512;
   struct Codes {
@@ -37,6 +38,8 @@ struct Avx512Lanes {
     const __m512i h = _mm512_slli_epi32(_mm512_add_epi32(high, high2), 7), l = _mm512_add_epi32(low, low2);
     return _mm512_cvtepi32_ps(_mm512_add_epi32(h, l));
   }
+  static Int plus(Int x, Int y) { return _mm512_add_epi32(x, y); }
+  static Int high(Int x) { return _mm512_slli_epi32(x, 7); }
   static Float number(Int x) { return _mm512_cvtepi32_ps(x); }
   static Float product(Float x, Float y) { return _mm512_mul_ps(x, y); }
   static Float times(Float x, float y) { return _mm512_mul_ps(x, _mm512_set1_ps(y)); }

@@ -1,5 +1,5 @@
 // Linear layers in 4 bits: activations into integers, tiles over threads, and weights written out for many rows.
-#include "int4.h"
+#include "int4_byte.h"
 
 #include "cache_view.h"
 #include "multiversion.h"
@@ -31,6 +31,35 @@ void split_activations(const float *x, int n, int group, int8_t *high, int8_t *l
     *scale++ = step;
     *sum++ = total;
   }
+}
+
+// The same in one byte, for a block of rows: int4_byte.h says how they lie. x [rows][n]
+KVRT_CLONES
+void round_activations(const float *x, int rows, int n, int group, int8_t *out, float *steps) {
+  const float shift = 12582912.0f;
+  for (int r = 0; r < rows; r++)
+    for (int first = 0; first < n; first += group) {
+      const float *from = x + static_cast<int64_t>(r) * n + first;
+      uint32_t largest = 0;
+      for (int i = 0; i < group; i++) {
+        const uint32_t size = bits_of(from[i]) & 0x7fffffffu;
+        largest = size > largest ? size : largest;
+      }
+      const bool finite = largest < 0x7f800000u;
+      const float most = float_of(largest), step = finite ? most / kMaxByte : most - most;
+      const float inverse = finite && step >= 0x1p-126f ? kMaxByte / most : 0;
+      int32_t total = 0;
+      int8_t whole[kMaxGroup];
+      for (int i = 0; i < group; i++) {
+        const int32_t q = inverse > 0 ? static_cast<int32_t>((from[i] * inverse + shift) - shift) : 0;
+        whole[i] = static_cast<int8_t>(q);
+        total += q;
+      }
+      for (int i = 0; i < group; i += 4) std::memcpy(out + (first + i) * rows + 4 * r, whole + i, 4);
+      float *at = steps + 2 * (first / group) * rows + r;
+      at[0] = step;
+      at[rows] = step * static_cast<float>(total);
+    }
 }
 
 // Tiles first ... last-1 as bf16 [in_features][stride], outputs side by side from column 0 on.
@@ -69,7 +98,7 @@ void expand_tiles(const uint8_t *weights, int in_features, int group, int grid, 
 bool is_grid(int32_t grid) { return grid >= KVRT_GRID_ZERO_WEIGHT && grid <= KVRT_GRID_NF4; }
 
 bool is_shape(int32_t in_features, int32_t group) {
-  return group > 0 && group % 8 == 0 && group <= 1024 && in_features > 0 && in_features % group == 0;
+  return group > 0 && group % 8 == 0 && group <= kMaxGroup && in_features > 0 && in_features % group == 0;
 }
 
 }  // namespace
@@ -81,20 +110,33 @@ extern "C" {
 
 int kvrt_int4_matmul(void *y, const void *x, const void *weights, const void *bias, int64_t rows, int32_t out_features,
                      int32_t in_features, int32_t group, int32_t grid, int32_t dtype, int32_t out_dtype,
-                     const kvrt_exec *exec) {
+                     int32_t activation_bits, const kvrt_exec *exec) {
   if (!is_grid(grid) || !is_dtype(dtype) || !is_dtype(out_dtype) || rows < 0 || out_features < 1) return KVRT_INVALID;
   if (!is_shape(in_features, group) || !weights || (rows && (!x || !y))) return KVRT_INVALID;
-  const int64_t groups = in_features / group, bytes = rows * in_features;
-  const Scratch row(in_features, 1), steps(2 * rows * groups, 1), parts((2 * bytes + 3) / 4, 1);
-  if (!row.data() || !steps.data() || !parts.data()) return KVRT_NO_MEMORY;
-  int8_t *high = reinterpret_cast<int8_t *>(parts.data()), *low = high + bytes;
+  if (activation_bits != 8 && activation_bits != 16) return KVRT_INVALID;
+  const bool byte = activation_bits == 8;
+  const int64_t groups = in_features / group, values = rows * in_features, blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const int threads = threads_for(exec, blocks, 4.0 * static_cast<double>(values));
+  const Scratch block(static_cast<int64_t>(kRowBlock) * in_features, threads), steps(2 * rows * groups, 1);
+  const Scratch parts(((byte ? 1 : 2) * values + 3) / 4, 1);
+  if (!block.data() || !steps.data() || !parts.data()) return KVRT_NO_MEMORY;
+  int8_t *high = reinterpret_cast<int8_t *>(parts.data()), *low = byte ? nullptr : high + values;
   float *scale = steps.data();
   int32_t *sum = reinterpret_cast<int32_t *>(scale + rows * groups);
-  for (int64_t r = 0; r < rows; r++) {
-    load_row(x, dtype, r * in_features, in_features, row.data());
-    split_activations(row.data(), in_features, group, high + r * in_features, low + r * in_features, scale + r * groups,
-                      sum + r * groups);
-  }
+  over_rows(blocks, threads, [&](int64_t first, int64_t last) {
+    float *row = block.mine();
+    const int64_t end = std::min(rows, last * kRowBlock);
+    for (int64_t r = first * kRowBlock; r < end;) {
+      const int taken = byte ? row_block(end - r) : 1;
+      load_row(x, dtype, r * in_features, taken * in_features, row);
+      if (byte)
+        round_activations(row, taken, in_features, group, high + r * in_features, scale + 2 * r * groups);
+      else
+        split_activations(row, in_features, group, high + r * in_features, low + r * in_features, scale + r * groups,
+                          sum + r * groups);
+      r += taken;
+    }
+  });
   const Int4Job job{static_cast<const uint8_t *>(weights), high, low, scale, sum, bias, y, rows, out_features,
                     in_features, group, grid, dtype, out_dtype};
   const int64_t tiles = (out_features + kTile - 1) / kTile;

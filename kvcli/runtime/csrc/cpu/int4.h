@@ -22,6 +22,8 @@ namespace kvrt {
 constexpr int kTile = 16;          // outputs side by side
 constexpr int kHigh = 128;         // what the high byte of an activation weighs
 constexpr int kMaxActivation = 127 * kHigh;
+constexpr int kMaxByte = 127;     // the same in one byte
+constexpr int kMaxGroup = 1024;
 constexpr int kMaxLevel = kHigh * kHigh - 1;
 
 // QLoRA's table (arXiv:2305.14314), and the same as (value + 1) / 2 * kMaxLevel = 128 high + low.
@@ -44,9 +46,9 @@ static inline int64_t int4_tile_bytes(int in_features, int group) { return in_fe
 
 struct Int4Job {
   const uint8_t *weights;
-  const int8_t *high, *low;  // [rows][in_features]
-  const float *scale;        // [rows][groups]
-  const int32_t *sum;        // [rows][groups]: of the integers
+  const int8_t *high, *low;  // [rows][in_features]; with activations of one byte (int4_byte.h) only high
+  const float *scale;        // [rows][groups]; with one byte steps and offsets
+  const int32_t *sum;        // [rows][groups]: of the integers; with one byte nothing
   const void *bias;          // [out_features] of dtype, or null
   void *out;                 // [rows][out_features] of out_dtype
   int64_t rows;
@@ -121,7 +123,11 @@ static inline void int4_tile(const Int4Job &job, int64_t tile, int64_t first_row
 
 // All rows of the outputs of tiles first ... last-1. A tile is small enough to stay in the nearest cache.
 template <class Lanes, int Grid>
+static void int4_byte_tiles(const Int4Job &job, int64_t first, int64_t last);
+
+template <class Lanes, int Grid>
 static void int4_tiles_of(const Int4Job &job, int64_t first, int64_t last) {
+  if (!job.low) return int4_byte_tiles<Lanes, Grid>(job, first, last);
   for (int64_t tile = first; tile < last; tile++) {
     int64_t r = 0;
     for (; r + 4 <= job.rows; r += 4) int4_tile<Lanes, 4, Grid>(job, tile, r);
@@ -141,6 +147,7 @@ static void int4_tiles(const Int4Job &job, int64_t first, int64_t last) {
 
 // Plain C++, and what the others have to agree with.
 struct PortableLanes {
+  static constexpr int kRows = 1;  // of one-byte activations, as many as fit the registers
   struct Int {
     int32_t at[kTile];
   };
@@ -192,6 +199,14 @@ struct PortableLanes {
     for (int i = 0; i < kTile; i++)
       out.at[i] = static_cast<float>((high.at[i] + high2.at[i]) * kHigh + (low.at[i] + low2.at[i]));
     return out;
+  }
+  static Int plus(Int x, const Int &y) {
+    for (int i = 0; i < kTile; i++) x.at[i] += y.at[i];
+    return x;
+  }
+  static Int high(Int x) {
+    for (int i = 0; i < kTile; i++) x.at[i] *= kHigh;
+    return x;
   }
   static Float number(const Int &x) {
     Float out;

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <limits>
 
-#include "int4.h"
+#include "int4_byte.h"
 #include "half.h"
 #include "page_runs.h"
 

@@ -202,7 +202,7 @@ int kvrt_silu_mul(void* y, const void* x, int64_t rows, int32_t width, int32_t d
 }
 
 int kvrt_int4_matmul(void*, const void*, const void*, const void*, int64_t, int32_t, int32_t, int32_t, int32_t, int32_t,
-                     int32_t, const kvrt_exec*) {
+                     int32_t, int32_t, const kvrt_exec*) {
   return KVRT_UNSUPPORTED;
 }
 
