@@ -4,4 +4,5 @@
 
 `gathering.py` turns an artifact's plan and `report.json` into sections, each a table and the data of its chart;
 `charts.py` draws them with Vega-Lite; `page.py` puts everything, the charting library included, into `page.html`.
+`peers.json` is the benchmark's own result file.
 """

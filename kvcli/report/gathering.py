@@ -197,7 +197,7 @@ def _pareto(artifact: Artifact, evaluation: Mapping[str, Any] | None) -> Iterato
         rows.append((kind, "this artifact", solved["effective_bits"], own["kl"], None))
     note = (
         f"Mean KL divergence from the 16-bit cache on calibration text, at {manifest['context']} tokens. The curve is "
-        "predicted; plans around the budget were run."
+        f"predicted{'; plans around the budget were run' if report.get('verified') else ''}."
     )
     if evaluation and "kl" in evaluation:
         rows.append((

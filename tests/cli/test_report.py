@@ -72,6 +72,7 @@ def test_what_is_measured_is_what_eval_measures(pristine, second, warm, text):
     assert exact["tasks"]["passkey"]["score"] == first["tasks"]["passkey"]["reference"]
 
 
+@pytest.mark.slow
 def test_speed_is_one_race_of_all(pristine, second, warm):
     done = warm("compare", pristine, second, "--speed", "--depth", 64, "--threads", 1, "--json")
     found = [x["speed"] for x in json.loads(done.stdout)["artifacts"]]
