@@ -1,9 +1,9 @@
 """What predictors are worth: none, absorbed and always, at 2.5, 3.25 and 4.25 effective bits.
 
 SmolLM2-135M-Instruct, windows of 2048 tokens with the second half scored, bits counted at 2048 tokens, calibrated on
-the built-in corpus without one of its kinds; judged on WikiText-2 raw test and on the kind that was left out. Plans are
-alike in all arms: Gaussian tables on tokens after a Hadamard rotation, the same bits in every layer as far as they go,
-a window of 16 and four sinks. Writes JSON after every measurement, and takes up where it was stopped.
+the built-in corpus without one of its kinds; judged on WikiText-2 raw test and on the kind that was left out. Every arm
+searches the default's space as ``kvcli solve`` does, from the same measurements of layers, and the best of three
+settings on calibration text is taken. Writes JSON after every measurement, and takes up where it was stopped.
 
     python benchmarks/adapters.py --data wiki.test.raw --out benchmarks/results/adapters.json
 """
@@ -20,55 +20,25 @@ import torch
 from demo import model_file
 
 from kvcli.calibration import aqua_kv, corpora
-from kvcli.calibration.pipeline import exact_layers, moments
+from kvcli.calibration.adapting import AdapterSettings, search
+from kvcli.calibration.measuring import Measuring, check_probe
+from kvcli.calibration.pipeline import Budget, exact_layers, moments, search_space
+from kvcli.calibration.stages import Stages, in_turn
 from kvcli.evaluation.fidelity import evaluate
-from kvcli.models.loading import LoadedModel, load
+from kvcli.models.loading import load
 from kvcli.plan import CachePlan
-from kvcli.quant.format import KVFormat
 from kvcli.runtime.packed_cache import ATTENTION
 from kvcli.runtime.packed_model import PackedModel
 
 WINDOW, LEFT_OUT = 2048, "narrative"
 LEARN = ",".join(f"builtin:{x}" for x in ("arithmetic", "code", "dialogue", "everyday", "prose", "tables"))
-ARMS: dict[str, dict[str, Any]] = {
-    "none": {"mode": "none"},
-    "absorbed": {"mode": "absorbed"},
-    "always, as in the paper": {"mode": "always", "depth": 1, "both": False},
-    "always": {"mode": "always"},
-    "always, predictors in 8 bits": {"mode": "always", "bits": 8},
+ARMS = {
+    "always": AdapterSettings("always"),
+    "absorbed": AdapterSettings("absorbed"),
+    "none": AdapterSettings(),
+    "always, as in the paper": AdapterSettings("always", depth=1, both=False),
+    "always, predictors in 4 bits": AdapterSettings("always", bits=4),
 }
-LEAST = {"none": (2, 2), "absorbed": (3, 2), "always": (2, 2)}  # keys are left more bits than values where they can be
-
-
-def formats(bits: int) -> KVFormat:
-    """Return the format of so many bits."""
-    return KVFormat(bits, group=64, grid="gaussian" if bits <= 4 else "uniform", scale_dtype="e5m3")
-
-
-def plan_for(loaded: LoadedModel, budget: float, arm: dict[str, Any]) -> CachePlan | None:
-    """Return the plan that spends a budget evenly: keys of all layers get the next bit, then values, layer by layer."""
-    layers = exact_layers(loaded)
-    k, v = ([b] * len(layers) for b in LEAST[arm["mode"]])
-
-    def plan() -> CachePlan:
-        stored = [
-            replace(x, k=formats(a), v=formats(b), transform="hadamard", center=True)
-            for x, a, b in zip(layers, k, v, strict=True)
-        ]
-        made = tuple(aqua_kv.design(stored, **arm))
-        return CachePlan(made, sink_tokens=4, residual_window=16, dtype=loaded.dtype)
-
-    if plan().effective_bits(WINDOW) > budget:
-        return None
-    while True:
-        low = min(min(k), min(v))
-        bits, at = (k, k.index(min(k))) if min(k) == low else (v, v.index(low))
-        if bits[at] == 4:
-            return plan()
-        bits[at] += 1
-        if plan().effective_bits(WINDOW) > budget:
-            bits[at] -= 1
-            return plan()
 
 
 def main() -> None:
@@ -78,6 +48,7 @@ def main() -> None:
     parser.add_argument("--bits", default="2.5,3.25,4.25", help="effective bits at 2048 tokens, with commas")
     parser.add_argument("--tokens", type=int, default=65536, help="calibration tokens")
     parser.add_argument("--limit", type=int, default=2, help="windows of each text")
+    parser.add_argument("--work", default="build/adapters", help="folder of what was measured")
     parser.add_argument("--out", default="benchmarks/results/adapters.json")
     args = parser.parse_args()
     out = Path(args.out)
@@ -96,21 +67,34 @@ def main() -> None:
         name: corpora.windows(spec, loaded.tokenizer, WINDOW, limit=args.limit)
         for name, spec in (("WikiText-2", args.data), (LEFT_OUT, f"builtin:{LEFT_OUT}"))
     }
-    widest = plan_for(loaded, 16, ARMS["always"])
-    assert widest is not None
+    geometry, space = exact_layers(loaded), search_space("balanced", exact_layers(loaded))
+    exact = CachePlan(tuple(geometry), dtype=loaded.dtype)
+    widest = ARMS["always"].applied(
+        replace(exact, layers=tuple(space.layer(x, space.k[0], space.v[0]) for x in geometry))
+    )  # fmt: skip
+    short = corpora.tokens(LEARN, loaded, num_tokens=8192, seed=0, length=1024)
     with torch.no_grad():
-        found = aqua_kv.statistics(loaded, widest, ids)
-        means = moments(loaded, widest.as_exact(), ids, lambda: None)
-    reference = PackedModel(loaded, widest.as_exact(), {})
-    for budget in map(float, args.bits.split(",")):
-        for name, arm in ARMS.items():
-            plan = plan_for(loaded, budget, arm)
-            if plan is None or any((x["arm"], x["budget"]) == (name, budget) for x in result["results"]):
+        own = aqua_kv.statistics(loaded, widest, ids)
+        means = moments(loaded, exact, ids, lambda: None)
+        work = Measuring(
+            loaded, means, space, geometry, Stages(Path(args.work)),
+            {"model": loaded.sha256, "dtype": loaded.dtype, "data": short.sha256}, in_turn,
+        )  # fmt: skip
+        costs, probe = work.costs(short.ids), check_probe(loaded, short.ids, means)
+    reference = PackedModel(loaded, exact, {})
+    for name, arm in ARMS.items():
+        for budget in map(float, args.bits.split(",")):
+            if any((x["arm"], x["budget"]) == (name, budget) for x in result["results"]):
                 continue
-            fitted = aqua_kv.fit(plan, found)
+            with torch.no_grad():
+                tried = search(costs, own, arm, Budget(budget, WINDOW))
+                kl = [probe.using({**means, **x.fitted.tensors}).cost_of(x.plan).kl for x in tried]
+            best = tried[kl.index(min(kl))]
+            plan, fitted = best.plan, best.fitted
             subject = PackedModel(loaded, plan, {**means, **fitted.tensors})
             row: dict[str, Any] = {
-                "arm": name, "budget": budget, "model_bytes": plan.model_bytes(),
+                "arm": name, "budget": budget, "model_bytes": plan.model_bytes(), "calibration_kl": min(kl),
+                "sinks": plan.sink_tokens, "window": plan.residual_window,
                 "variance_left": {w: _mean([x for n, x in fitted.left.items() if n.endswith(w)]) for w in "kv"},
                 "kv_bits_by_layer": " ".join(f"{x.k.bits}{x.v.bits}" for x in plan.layers), "texts": {},
             }  # fmt: skip

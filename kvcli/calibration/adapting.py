@@ -10,7 +10,7 @@ a plan within a budget stays within it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from kvcli.calibration.measuring import check_probe
 from kvcli.calibration.moments import Moments
 from kvcli.calibration.pipeline import Budget, Calibration, curve, summary
 from kvcli.calibration.sensitivity import Sensitivity
+from kvcli.calibration.space import read_recipe
 from kvcli.calibration.stages import Show, silent
 from kvcli.calibration.surrogate import Solution, solve
 from kvcli.errors import InputError, KvcliError
@@ -48,6 +49,36 @@ class AdapterSettings:
     both: bool = True
     bits: int = 16
     rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in aqua_kv.MODES:
+            raise InputError(f"adapters: mode {self.mode!r} is not one of {', '.join(aqua_kv.MODES)}.")
+        for name in ("depth", "back", "rank"):
+            value = getattr(self, name)
+            if not ((type(value) is int and value >= 1) or (name == "rank" and value is None)):
+                raise InputError(f"adapters: {name} must be a whole number of at least 1.")
+        for name in ("star", "both"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"adapters: {name} must be true or false.")
+        if self.bits not in (4, 8, 16):
+            raise InputError(f"adapters: bits {self.bits} is not one of 4, 8 and 16.")
+
+    @classmethod
+    def of_recipe(cls, name: str) -> AdapterSettings:
+        """Read a recipe's section ``adapters``; without one, or without such a recipe, nothing is predicted.
+
+        Raises
+        ------
+        InputError
+            If the section is not valid.
+        """
+        section = (read_recipe(name) or {}).get("adapters", {})
+        if not isinstance(section, dict):
+            raise InputError(f"recipe {name} is not a recipe: its section 'adapters' is no mapping.")
+        known = [x.name for x in fields(cls)]
+        if unknown := sorted(set(map(str, section)) - set(known)):
+            raise InputError(f"adapters has no {unknown[0]!r}; it has {', '.join(known)}.")
+        return cls(**section)
 
     def applied(self, plan: CachePlan) -> CachePlan:
         """Return a plan with these predictors."""
@@ -185,6 +216,21 @@ def _check(fitted: Fitted) -> None:
             raise KvcliError(f"{name} is not finite: the calibration text gives keys or values that are not.")
 
 
+def settings_of(artifact: Artifact) -> AdapterSettings:
+    """Return the kind of predictors that an artifact has.
+
+    Raises
+    ------
+    InputError
+        If its report does not say so in a way that is understood.
+    """
+    stated = artifact.report.get("adapters")
+    try:
+        return AdapterSettings() if stated is None else AdapterSettings(**stated["settings"])
+    except (KeyError, TypeError, InputError) as error:
+        raise InputError(f"{artifact.path.name} holds no usable statistics of its predictors: {error}.") from None
+
+
 def again(artifact: Artifact, plan: CachePlan) -> tuple[CachePlan, dict[str, Tensor]]:
     """Return another plan for an artifact's model with the artifact's kind of predictors, refitted, and all tensors.
 
@@ -195,14 +241,14 @@ def again(artifact: Artifact, plan: CachePlan) -> tuple[CachePlan, dict[str, Ten
     InputError
         If the artifact has predictors and not, or not whole, the moments they were fitted to.
     """
-    stated = artifact.report.get("adapters")
-    if stated is None:
+    settings = settings_of(artifact)
+    if settings.mode == "none":
         return plan, artifact.tensors()
+    stated = artifact.report["adapters"]
     path = artifact.path / MOMENTS
     if not path.is_file():
         raise InputError(f"{path} is missing: without it the predictors cannot be refitted.")
     try:
-        settings = AdapterSettings(**stated["settings"])
         ridges = {str(name): float(x) for name, x in stated["ridge"].items()}
         moments = Moments.from_tensors(load_file(path))
         plan = settings.applied(plan)

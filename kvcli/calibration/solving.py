@@ -85,9 +85,10 @@ class Solver:
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
+        self.adapters = adapting.settings_of(artifact)
         try:
             self.found = Sensitivity.from_json(artifact.report["sensitivity"])
-            if "adapters" in artifact.report:
+            if self.adapters.mode != "none":
                 self.found = adapting.on_residuals(self.found, artifact.report["adapters"]["left"])
             self.scale = float(artifact.report["scale"])
             self.nll_per_kl = float(artifact.report.get("nll_per_kl", 1.0))
@@ -151,7 +152,7 @@ class Solver:
         lowest, correction = math.inf, 1.0  # least measured loss so far; measured over predicted
         for _ in range(ATTEMPTS if probe else 1):
             found = self._fewest(frontiers, most / correction) or richest
-            if good is not None and found.plan == good.plan:
+            if good is not None and self.adapters.applied(found.plan) == good.plan:
                 break
             cost = None
             if probe:
@@ -190,7 +191,7 @@ class Solver:
 
     def _solved(self, solution: Solution, measured: Cost | None = None) -> Solved:
         kl = solution.predicted_kl * self.scale
-        return Solved(solution.plan, kl, percent(self.nll_per_kl * kl), measured)
+        return Solved(self.adapters.applied(solution.plan), kl, percent(self.nll_per_kl * kl), measured)
 
     def write(self, solved: Solved, budget: Budget, out: Path, *, overwrite: bool) -> Path:
         """Write the artifact of a solution; weight files are linked, not copied, on one file system."""

@@ -144,7 +144,7 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-SECTIONS = ("search", "learn")  # of a recipe; all but the first may be left out
+SECTIONS = ("search", "learn", "adapters")  # of a recipe; all but the first may be left out
 
 
 def read_recipe(name: str) -> dict[str, Any] | None:

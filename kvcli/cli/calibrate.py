@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,7 +46,7 @@ def calibrate(
     ] = "builtin",
     tokens: Annotated[
         int | None,
-        option("--tokens", min=2, help="Tokens of calibration text.", show_default="8192; 32768 with --adapters"),
+        option("--tokens", min=2, help="Tokens of calibration text.", show_default="8192; 32768 with predictors"),
     ] = None,
     recipe: Annotated[
         str,
@@ -83,9 +84,13 @@ def calibrate(
         option("--weight-method", help="How int3, int4 and int8 weights are chosen; gptq reads the calibration text."),
     ] = "precalibrated+gptq",
     adapters: Annotated[
-        Literal["none", "absorbed", "always"],
-        option("--adapters", help="Predict values from keys, or all from the layer before, and store what is left."),
-    ] = "none",
+        Literal["recipe", "none", "absorbed", "always"],
+        option(
+            "--adapters",
+            help="Predict values from their keys, or all from the layers before, and store what is left: as the recipe "
+            "says, or so.",
+        ),
+    ] = "recipe",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
         option("--dtype", help="Dtype the model computes in; auto is the checkpoint's own, and float32 for .gguf."),
@@ -154,7 +159,10 @@ def calibrate(
         raise UsageError("Transforms are learned here, on a model in memory: give --transforms none, or no --ray.")
     if ray is not None:
         check_ray(ray)
-    tokens = tokens or (adapting.TOKENS if adapters != "none" else TOKENS)
+    predicted = adapting.AdapterSettings() if preset is not None else adapting.AdapterSettings.of_recipe(recipe)
+    if adapters != "recipe":
+        predicted = replace(predicted, mode=adapters)
+    tokens = tokens or (TOKENS if predicted.mode == "none" else adapting.TOKENS)
     placement = ModelSource(model, dtype, trust_remote_code, None if device_map == "none" else device_map)
     with progress("loading the model"):
         loaded = load(**vars(placement))
@@ -214,10 +222,7 @@ def calibrate(
                 task=TaskObjective(task, task_items, seed, task_data) if task else None,
                 seed=seed, means=means, fresh=fresh, show=progress, run=run,
             )  # fmt: skip
-    if adapters != "none":
-        adapting.apply(
-            loaded, corpus, found, adapting.AdapterSettings(adapters), fixed=preset is not None, show=progress
-        )  # fmt: skip
+    adapting.apply(loaded, corpus, found, predicted, fixed=preset is not None, show=progress)
     if found.stages.resumed:
         say(f"Resumed: {', '.join(found.stages.resumed)} taken from an earlier run.")
     if about_weights is not None:

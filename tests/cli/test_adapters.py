@@ -52,7 +52,8 @@ def test_it_goes_through_every_command(predicting, warm, text, tmp_path):
     assert timed["backend"] == "cpu"
     refused(warm("bench", "attention", predicting, "--depth", 64), 3, "kvcli bench decode times them")
     out = tmp_path / "solved"
-    accepted(warm("solve", predicting, "--bits", 5, "-o", out))
+    solved = json.loads(accepted(warm("solve", predicting, "--bits", 5, "-o", out, "--json")))
+    assert solved["model_bytes"] == shown["model_bytes"]
     before, after = (load_file(x / "kv.safetensors") for x in (predicting, out))
     assert before.keys() == after.keys()
     assert not before[WEIGHT].equal(after[WEIGHT])  # refitted, for other bits
@@ -93,3 +94,31 @@ def test_solve_needs_the_moments(predicting, warm, tmp_path):
     (copied / "calibration/moments.safetensors").unlink()
     rewritten(copied, lambda x: x["files"].pop("calibration/moments.safetensors"))
     refused(warm("solve", copied, "--bits", 5, "-o", tmp_path / "B"), 3, "moments.safetensors is missing")
+
+
+def test_a_recipe_may_predict_and_the_option_has_the_last_word(warm, tinystories, small, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("search: fast\nadapters: {mode: always, depth: 1, bits: 8}\n")
+    words = ("calibrate", tinystories, "--bits", 4, *small, "--recipe", recipe, "--json")
+    accepted(warm(*words, "-o", tmp_path / "A"))
+    layers = json.loads((tmp_path / "A/kvcli.json").read_text())["plan"]["layers"]
+    assert layers[1]["predictor"]["k"] == {"inputs": ["0.k", "0.v"], "bits": 8, "rank": None}
+    accepted(warm(*words, "--adapters", "none", "-o", tmp_path / "B"))
+    assert "adapters" not in json.loads((tmp_path / "B/report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("[always]", "its section 'adapters' is no mapping"),
+        ("{mode: sometimes}", "mode 'sometimes' is not one of"),
+        ("{mode: always, depth: 0}", "depth must be a whole number"),
+        ("{mode: always, both: 1}", "both must be true or false"),
+        ("{mode: always, bits: 5}", "bits 5 is not one of"),
+        ("{mode: always, layers: 3}", "adapters has no 'layers'"),
+    ],
+)
+def test_a_recipe_that_predicts_nonsense_is_refused(warm, tinystories, small, tmp_path, section, said):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"search: fast\nadapters: {section}\n")
+    refused(warm("calibrate", tinystories, "--bits", 4, *small, "--recipe", recipe, "-o", tmp_path / "A"), 3, said)
