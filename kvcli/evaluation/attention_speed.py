@@ -86,8 +86,9 @@ def fill(cache: NativeCache, depth: int, dtype: torch.dtype = torch.float32) -> 
     if cache.device.type == "cuda":  # a recorded graph leaves its own stream behind
         cache.exec.stream = torch.cuda.current_stream(cache.device).cuda_stream
     generator = torch.Generator(cache.device).manual_seed(0)
+    kinds = [replace(layer, predictor=None) for layer in cache.plan.layers]  # residuals are as large as values
     first: dict[LayerPlan, int] = {}
-    for i, layer in enumerate(cache.plan.layers):
+    for i, layer in enumerate(kinds):
         first.setdefault(layer, i)
     cache.reset()
     for begin in range(0, depth, CHUNK):
@@ -96,7 +97,7 @@ def fill(cache: NativeCache, depth: int, dtype: torch.dtype = torch.float32) -> 
             k, v = random_kv(layer, tokens, generator, dtype)
             cache.append_chunk(i, 0, k, v)
         cache.advance(tokens, 0)
-    for i, layer in enumerate(cache.plan.layers):
+    for i, layer in enumerate(kinds):
         source, store = cache.layers[first[layer]], cache.layers[i]
         pages = store.pages.shape[0] // cache.batch_size
         for row in range(cache.batch_size):

@@ -3,8 +3,8 @@
 After AQUA-KV (Shutova et al., 2025, arXiv:2501.19392). Pages hold residuals. The kernels decode them, with the
 predictor's bias, into keys before RoPE and values side by side, and matrix products add what the earlier layers tell,
 in place. What a layer was rebuilt to is kept until the last layer that reads it has done so, within one pass;
-everything else is made and used in segments. Memory beside the cache is that of as many rebuilt layers as are read at a
-time, in float32.
+everything else is made and used in segments. Memory beside the cache is that of as many rebuilt layers as are read at
+a time, in float32.
 """
 
 from __future__ import annotations
