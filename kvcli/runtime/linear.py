@@ -124,7 +124,7 @@ class Scratch:
 class Int4:
     """Weights in 4 bits, with a float16 scale and zero for a group of inputs of an output.
 
-    They are kept only as the kernels read them. Activations and results are bf16, results also float32. A product rounds
+    They are kept only as the kernels read them. Activations and results are bf16, results also float32. Products round
     each group of activations to integers with a scale of its own. With 16 bits that costs nothing that could be
     measured, and many rows are faster multiplied in bf16, by weights written out; with 8, as in llama.cpp's Q8_0, the
     integers are the fastest for any number of rows.
