@@ -1,8 +1,8 @@
 """What decoding pays for predictors: none, absorbed and always, at 1k, 4k and 8k tokens.
 
 The standing model on native kernels, its cache as calibration writes it at about 3.25 bits, filled with random tokens;
-the three take turns. One thread, and seconds of processor time: what else runs on the machine does not count. Predictors
-are random, for speed does not depend on what they say.
+the three take turns. One thread, and seconds of processor time: what else runs on the machine does not count.
+Predictors are random, for speed does not depend on what they say.
 
     python benchmarks/adapter_speed.py --out benchmarks/results/adapter_speed.json
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -106,6 +106,18 @@ class Expand(ctypes.Structure):
     )  # fmt: skip
 
 
+class Chunk(ctypes.Structure):
+    """``kvrt_chunk_args``."""
+
+    _fields_ = (
+        ("q", c_void_p), ("out", c_void_p), ("lse", c_void_p), ("q_row_stride", c_int64), ("out_row_stride", c_int64),
+        ("dtype", c_int32), ("out_dtype", c_int32), ("start", c_int64), ("tokens", c_int64), ("packed_k", c_void_p),
+        ("packed_v", c_void_p), ("exact_k", c_void_p), ("exact_v", c_void_p), ("packed_first", c_int64),
+        ("packed_count", c_int64), ("packed_head_stride", c_int64), ("exact_first", c_int64), ("exact_count", c_int64),
+        ("exact_head_stride", c_int64),
+    )  # fmt: skip
+
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "kvrt_version": (c_int, ()),
     "kvrt_kind": (c_char_p, ()),
@@ -119,6 +131,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "kvrt_attend_workspace": (c_int64, (POINTER(Layer), c_int32, c_int32)),
     "kvrt_attend": (c_int, (POINTER(Layer), POINTER(Attend), POINTER(Exec))),
     "kvrt_expand": (c_int, (POINTER(Layer), POINTER(Expand), POINTER(Exec))),
+    "kvrt_attend_chunk": (c_int, (POINTER(Layer), POINTER(Chunk), POINTER(Exec))),
     "kvrt_hadamard": (c_int, (c_void_p, c_void_p, c_int64, c_int32, POINTER(Exec))),
     "kvrt_rms_norm": (
         c_int, (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_float, c_int32, POINTER(Exec)),

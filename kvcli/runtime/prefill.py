@@ -3,6 +3,7 @@
 Every query sees what it would see in decoding (DESIGN: visibility). Slots below the first query's boundary are packed
 for the whole chunk and need no mask: the far part, in segments of bounded size. Around the boundary, and from there on,
 each query sees something else: the near part, in blocks of queries with a mask. Log-sum-exps put the parts together.
+On a CPU a kernel of our own takes the near part, and the far part too as long as it is one segment.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ class ChunkAttention:
             near = chunk + 2 * cache.plan.block_size + (min(layer.window, cache.capacity) if layer.window else 0)
             room = max(near, 0 if layer.window else min(SEGMENT, cache.capacity))
             need = max(need, layer.num_kv_heads * layer.head_dim * room)
+        self._native = (
+            cache.device.type == "cpu"
+            and dtype == torch.float32
+            and all(x.head_dim % 16 == 0 for x in cache.plan.layers)
+        )
         self._scratch = torch.empty(2, need, dtype=dtype, device=cache.device)
         self._masks: dict[tuple[int, ...], Tensor] = {}
 
@@ -73,11 +79,16 @@ class ChunkAttention:
         exact = self._exact(index, row, first, k, v)
         if plan.layers[index].window is None:
             self._append(index, row, k, v, start)
-            found = self._far(index, row, first, q)
-            packed, lowest = self._expand(index, row, first, int(plan.boundary(index, start + tokens))), first
+            end = int(plan.boundary(index, start + tokens))
+            lowest = 0 if self._native and end <= SEGMENT else first
+            found = self._far(index, row, lowest, q) if lowest else None
+            packed = self._expand(index, row, lowest, end)
         else:
             found = None
             packed, lowest = self._sliding(index, row, k, v)
+        if self._native:
+            self._dense(index, start, q, packed, lowest, exact, first, out, found)
+            return
         for begin in range(0, tokens, QUERY_BLOCK):
             rows = slice(begin, min(begin + QUERY_BLOCK, tokens))
             keys, values, mask = self._near(index, start, rows, packed, lowest, exact, first)
@@ -90,6 +101,37 @@ class ChunkAttention:
     def _append(self, index: int, row: int, k: Tensor, v: Tensor, before: int) -> None:
         """Append tokens to a layer that holds ``before``."""
         self.cache.append_chunk(index, row, k, v, before=before)
+
+    def _dense(
+        self,
+        index: int,
+        start: int,
+        q: Tensor,
+        packed: tuple[Tensor, Tensor],
+        lowest: int,
+        exact: tuple[Tensor, Tensor],
+        first: int,
+        out: Tensor,
+        found: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Attend by the native kernel, and merge what was found in slots below ``lowest``."""
+        tokens, heads, dim = q.shape
+        mixed = out if found is None else torch.empty(tokens, heads, dim)
+        lse = None if found is None else torch.empty(heads, tokens)
+        a = kvrt.Chunk(
+            q=q.data_ptr(), out=mixed.data_ptr(), lse=kvrt.pointer(lse), q_row_stride=q.stride(0),
+            out_row_stride=mixed.stride(0), dtype=kvrt.DTYPES[q.dtype], out_dtype=kvrt.DTYPES[mixed.dtype],
+            start=start, tokens=tokens, packed_k=packed[0].data_ptr(), packed_v=packed[1].data_ptr(),
+            exact_k=exact[0].data_ptr(), exact_v=exact[1].data_ptr(), packed_first=lowest,
+            packed_count=packed[0].shape[1], packed_head_stride=packed[0].stride(0), exact_first=first,
+            exact_count=exact[0].shape[1], exact_head_stride=exact[0].stride(0),
+        )  # fmt: skip
+        store = self.cache.layers[index]
+        self.cache.library.call("attend_chunk", byref(store.struct), byref(a), byref(self.cache.exec))
+        if found is not None and lse is not None:
+            group = found[0].shape[0]
+            near = mixed.view(tokens, -1, group, dim).permute(2, 1, 0, 3), lse.view(-1, group, tokens).transpose(0, 1)
+            out.view(tokens, -1, group, dim).copy_(merge(found, near)[0].permute(2, 1, 0, 3))
 
     def _exact(self, index: int, row: int, first: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Exact keys and values of slots ``first`` … of the chunk's end, [kv heads, slots, d]; none in portable layers.

@@ -85,6 +85,19 @@ def test_a_chunk_sees_what_the_reference_sees(
 
 
 @pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("native", [False, True])
+def test_torch_and_the_kernel_attend_alike(native: bool, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "SEGMENT", 80)
+    cache, layer = make(CASES["everything"], window)
+    q, k, v = random_qkv()
+    run, found = ChunkAttention(cache, TOKENS, torch.float32), torch.full_like(q, torch.nan).contiguous()
+    run._native = native
+    run.begin(torch.arange(TOKENS, dtype=torch.int32))
+    run(0, 1, q, k, v, found)
+    torch.testing.assert_close(found, reference(layer, q, k, v), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("case", CASES)
 def test_token_by_token_sees_the_same(case: str, window: int | None) -> None:
     cache, layer = make(CASES[case], window)

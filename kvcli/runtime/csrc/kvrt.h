@@ -111,6 +111,20 @@ typedef struct kvrt_expand_args {
   int32_t with_sinks;       /* slots below sink_tokens get their exact values (never with keys_before_rope) */
 } kvrt_expand_args;
 
+/* A chunk of one sequence attends, from keys and values written out: float32 [num_kv_heads][count][head_dim], rows
+ * next to each other, of slots from *_first on. Which of them the query of token start + i sees is the layer's rule:
+ * packed ones below its boundary, exact ones from there to itself. */
+typedef struct kvrt_chunk_args {
+  const void *q;           /* [tokens][num_heads][head_dim] of dtype, after RoPE */
+  void *out;               /* the same of out_dtype */
+  float *lse;              /* [num_heads][tokens], the log of the sum of exponentials; or null */
+  int64_t q_row_stride, out_row_stride; /* in values */
+  int32_t dtype, out_dtype;
+  int64_t start, tokens;
+  const float *packed_k, *packed_v, *exact_k, *exact_v;
+  int64_t packed_first, packed_count, packed_head_stride, exact_first, exact_count, exact_head_stride;
+} kvrt_chunk_args;
+
 /* What a variant of the kernels is called and whether this machine runs it; for `kvcli doctor`. */
 KVRT_API int kvrt_version(void);
 KVRT_API const char *kvrt_kind(void); /* "cpu" or "cuda" */
@@ -129,6 +143,8 @@ KVRT_API int kvrt_append(const kv_layer *layer, const kvrt_append_args *args, co
 KVRT_API int64_t kvrt_attend_workspace(const kv_layer *layer, int32_t num_seqs, int32_t splits);
 KVRT_API int kvrt_attend(const kv_layer *layer, const kvrt_attend_args *args, const kvrt_exec *exec);
 KVRT_API int kvrt_expand(const kv_layer *layer, const kvrt_expand_args *args, const kvrt_exec *exec);
+/* CPU only so far; head_dim a multiple of 16, no softcap. */
+KVRT_API int kvrt_attend_chunk(const kv_layer *layer, const kvrt_chunk_args *args, const kvrt_exec *exec);
 
 /* The small fused operations of a decoder layer. All vectors contiguous; x, y of kv_dtype `dtype`; sums in float32. */
 

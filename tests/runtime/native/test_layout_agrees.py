@@ -71,6 +71,7 @@ STRUCTS = {
     "kvrt_append_args": (kvrt.Append, HEADER),
     "kvrt_attend_args": (kvrt.Attend, HEADER),
     "kvrt_expand_args": (kvrt.Expand, HEADER),
+    "kvrt_chunk_args": (kvrt.Chunk, HEADER),
 }
 
 

@@ -201,6 +201,8 @@ int kvrt_silu_mul(void* y, const void* x, int64_t rows, int32_t width, int32_t d
   return status_of(kvrt::launch_silu_mul(y, x, rows, width, dtype, stream_of(exec)));
 }
 
+int kvrt_attend_chunk(const kv_layer*, const kvrt_chunk_args*, const kvrt_exec*) { return KVRT_UNSUPPORTED; }
+
 int kvrt_int4_matmul(void*, const void*, const void*, const void*, int64_t, int32_t, int32_t, int32_t, int32_t, int32_t,
                      int32_t, int32_t, const kvrt_exec*) {
   return KVRT_UNSUPPORTED;
