@@ -1,8 +1,8 @@
 """What decoding pays for predictors: none, absorbed and always, at 1k, 4k and 8k tokens.
 
-The standing model on native kernels, its cache as calibration writes it at about 3.25 bits, filled with random tokens;
-the three take turns. One thread, and seconds of processor time: what else runs on the machine does not count.
-Predictors are random, for speed does not depend on what they say.
+The standing model with 16-bit weights on native kernels, its cache as calibration writes it at about 3.25 bits, filled
+with random tokens; the three take turns. One thread, and seconds of processor time: what else runs on the machine
+counts for little. Predictors are random, for speed does not depend on what they say.
 
     python benchmarks/adapter_speed.py --out benchmarks/results/adapter_speed.json
 """
@@ -27,14 +27,20 @@ from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
 from kvcli.runtime.runner import ModelRunner
 
-KEYS, VALUES = (KVFormat(bits, "token", 64, grid="gaussian", scale_dtype="e5m3") for bits in (4, 2))
-
 
 def plan_of(loaded: LoadedModel, mode: Mode) -> CachePlan:
     """Return a plan as calibration writes it: rotated, centred, a table for a grid, sinks and a window."""
+    fmt = partial(KVFormat, axis="token", grid="gaussian", scale_dtype="e5m3")
     layers = [
         LayerPlan(
-            g.num_kv_heads, g.head_dim, KEYS, VALUES, kind=g.kind, window=g.window, transform="hadamard", center=True
+            g.num_kv_heads,
+            g.head_dim,
+            fmt(4, group=g.head_dim),
+            fmt(2, group=g.head_dim),
+            kind=g.kind,
+            window=g.window,
+            transform="hadamard",
+            center=True,
         )
         for g in loaded.geometry
     ]

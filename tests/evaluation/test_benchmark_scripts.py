@@ -125,6 +125,20 @@ def test_the_attention_script_writes_ratios_to_every_peer(tmp_path):
     assert all(x["per_layer_s"] > 0 for x in case["results"])
 
 
+@pytest.mark.slow
+def test_the_adapters_script_holds_the_three_against_each_other(tinystories, native, tmp_path):
+    out = tmp_path / "adapter_speed.json"
+    done = script(
+        "adapter_speed.py", "--model", tinystories, "--depths", "80", "--tokens", 2, "--rounds", 1, "--out", out
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["results"]["80"]
+    assert found.keys() == {"none", "absorbed", "always"}
+    assert found["none"]["speed_of_none"] == 1
+    assert len({x["cache_bytes"] for x in found.values()}) == 1  # predictors change no bit of the cache
+    assert found["always"]["buffer_bytes"] > found["none"]["buffer_bytes"]
+
+
 def test_llama_cpp_is_absent_where_there_is_no_gguf(scripts, tinystories):
     import peers
 

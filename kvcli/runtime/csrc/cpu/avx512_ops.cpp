@@ -55,11 +55,16 @@ void dequantize(const kv_format &f, const uint8_t *codes, const uint8_t *scales,
       }
     return;
   }
+  const bool e5m3 = f.scale_dtype == KV_SCALE_E5M3, one = f.axis == KV_TOKEN && f.group == head_dim;
   alignas(64) float scale[KV_MAX_HEAD_DIM + 8], zero[KV_MAX_HEAD_DIM + 8];
   const __m512 offset = _mm512_set1_ps(0.5f * ((1 << f.bits) - 1)), levels = _mm512_loadu_ps(f.levels);
   for (int t = first; t < last; ++t) {
-    if (f.axis == KV_TOKEN || t == first || t % f.group == 0) {
-      row_scales(f, scales, f.scale_dtype == KV_SCALE_E5M3, head_dim, t, scale);
+    __m512 s = offset, z = offset;
+    if (one) {
+      s = _mm512_set1_ps(half_at(scales, t, e5m3));
+      if (!f.symmetric) z = _mm512_set1_ps(half_at(zeros, t, false));
+    } else if (f.axis == KV_TOKEN || t == first || t % f.group == 0) {
+      row_scales(f, scales, e5m3, head_dim, t, scale);
       if (!f.symmetric) row_scales(f, zeros, false, head_dim, t, zero);
     }
     float *to = out + (int64_t)(t - first) * head_dim;
@@ -69,14 +74,15 @@ void dequantize(const kv_format &f, const uint8_t *codes, const uint8_t *scales,
       _mm512_store_si512(bytes, unpack_row(codes + t * row_bytes + c0 * f.bits / 8, count, f.bits));
       for (int i = 0; i < count; i += 16) {
         const __m512i code = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)(bytes + i)));
-        const __m512 s = _mm512_load_ps(scale + c0 + i);
+        if (!one) s = _mm512_load_ps(scale + c0 + i);
         __m512 x;
         if (f.table) {
           x = _mm512_mul_ps(_mm512_permutexvar_ps(code, levels), s);
         } else if (f.symmetric) {
           x = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(code), offset), s);
         } else {
-          x = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(code), s), _mm512_load_ps(zero + c0 + i));
+          if (!one) z = _mm512_load_ps(zero + c0 + i);
+          x = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(code), s), z);
         }
         _mm512_mask_storeu_ps(to + c0 + i, count - i >= 16 ? 0xFFFF : 0xFF, x);
       }

@@ -259,16 +259,15 @@ inline __m512 butterfly(__m512 x, __m512 partner, __mmask16 second) {
   return _mm512_mask_sub_ps(_mm512_add_ps(x, partner), second, partner, x);
 }
 
-void hadamard(float *x, int64_t rows, int head_dim) {
-  const int block = head_dim & -head_dim;
+// Blocks of 16 * Vectors values, or, for smaller ones, several to a vector; unrolled, so that they stay in registers.
+template <int Vectors>
+void hadamard_blocks(float *x, int64_t count, int block) {
   const __m512 norm = _mm512_set1_ps((float)pow((double)block, -0.5));
-  const int64_t count = rows * head_dim;
-  const int width = block < 16 ? 16 : block;
-  for (int64_t at = 0; at < count; at += width) {
-    __m512 v[KV_MAX_HEAD_DIM / 16];
-    const int vectors = width / 16;
+  for (int64_t at = 0; at < count; at += 16 * Vectors) {
+    __m512 v[Vectors];
     const __mmask16 mask = count - at >= 16 ? 0xFFFF : 0xFF;
-    for (int i = 0; i < vectors; ++i) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Vectors; ++i) {
       __m512 y = _mm512_maskz_loadu_ps(mask, x + at + 16 * i);
       y = butterfly(y, _mm512_permute_ps(y, 0xB1), 0xAAAA);
       y = butterfly(y, _mm512_permute_ps(y, 0x4E), 0xCCCC);
@@ -276,15 +275,28 @@ void hadamard(float *x, int64_t rows, int head_dim) {
       if (block >= 16) y = butterfly(y, _mm512_shuffle_f32x4(y, y, 0x4E), 0xFF00);
       v[i] = y;
     }
-    for (int step = 1; step < vectors; step *= 2)
-      for (int i = 0; i < vectors; ++i)
+#pragma GCC unroll 4
+    for (int step = 1; step < Vectors; step *= 2)
+#pragma GCC unroll 16
+      for (int i = 0; i < Vectors; ++i)
         if (!(i & step)) {
           const __m512 a = v[i], b = v[i + step];
           v[i] = _mm512_add_ps(a, b);
           v[i + step] = _mm512_sub_ps(a, b);
         }
-    for (int i = 0; i < vectors; ++i) _mm512_mask_storeu_ps(x + at + 16 * i, mask, _mm512_mul_ps(v[i], norm));
+#pragma GCC unroll 16
+    for (int i = 0; i < Vectors; ++i) _mm512_mask_storeu_ps(x + at + 16 * i, mask, _mm512_mul_ps(v[i], norm));
   }
+}
+
+void hadamard(float *x, int64_t rows, int head_dim) {
+  const int block = head_dim & -head_dim;
+  const int64_t count = rows * head_dim;
+  (block <= 16   ? hadamard_blocks<1>
+   : block == 32 ? hadamard_blocks<2>
+   : block == 64 ? hadamard_blocks<4>
+   : block == 128 ? hadamard_blocks<8>
+                  : hadamard_blocks<16>)(x, count, block);
 }
 
 }  // namespace
