@@ -9,7 +9,7 @@ kvcli's cache.
     python benchmarks/serving.py ARTIFACT --gguf MODEL.gguf --vllm-model FOLDER
 
 vLLM takes a folder in Hugging Face's layout, without an artifact's kv.safetensors, and may have an environment of its
-own (``--vllm-python``). The JSON is written anew after every round.
+own (``--vllm-python``). The JSON is written anew after every server.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def main() -> None:
                 cpu[name].append(tokens / (cpu_seconds(process) - before))
             rate = f"{tokens / done[-1].seconds:.1f} tokens/s, {cpu[name][-1]:.1f} a CPU second"
             print(f"round {number + 1}: {name} {rate}", flush=True)
-        write(args, servers, rounds, cpu, fits)
+            write(args, servers, {x: y for x, y in rounds.items() if y}, cpu, fits)
     show(args.out)
 
 

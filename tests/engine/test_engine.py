@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -382,16 +382,18 @@ def test_sliding_layers_share_pages_too(name: str) -> None:
     assert engine.stats().prefix_hit_tokens > 0
 
 
-def test_int4_weights_answer_as_the_plain_runners_do(tinystories: Path) -> None:
+@pytest.mark.parametrize("activations", [8, 16])
+def test_int4_weights_answer_as_the_plain_runners_do(activations: Literal[8, 16], tinystories: Path) -> None:
     def fresh() -> PackedModel:
         return model_of(load(str(tinystories), dtype="float32"), "window")
 
     model, prompt = fresh(), [1, *range(30, 60)]
-    runner = ModelRunner(model.loaded, model.plan, weights="int4", capacity=100, deterministic=True)
+    settings: dict[str, Any] = {"weights": "int4", "activations": activations, "deterministic": True}
+    runner = ModelRunner(model.loaded, model.plan, capacity=100, **settings)
     expected = [int(runner.prefill(torch.tensor(prompt)).argmax())]
     while len(expected) < 30 and expected[-1] != 2:
         expected.append(int(runner.decode(torch.tensor(expected[-1:]))[0].argmax()))
-    config = EngineConfig(memory=memory_for(model.plan, 60, 8), weights="int4", chunk=7, deterministic=True)
+    config = EngineConfig(memory=memory_for(model.plan, 60, 8), chunk=7, **settings)
     engine = Engine(fresh(), config)
     for i in range(3):
         engine.add(Request(prompt, SamplingParams(max_tokens=30), id=str(i)))
