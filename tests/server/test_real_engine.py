@@ -109,8 +109,14 @@ def test_a_failing_kernel_ends_streams_turns_ready_red_and_ends_the_process(
     taken = process.bind("127.0.0.1", 0)
     url, seen = process.url("127.0.0.1", taken.getsockname()[1]), dict[str, object]()
 
+    def ready() -> bool:
+        try:
+            return httpx.get(f"{url}/ready").status_code == 200
+        except httpx.TransportError:  # the port is bound, but nobody listens yet
+            return False
+
     def client() -> None:
-        eventually(lambda: httpx.get(f"{url}/ready").status_code == 200, 60)
+        eventually(ready, 60)
         body = {"prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
             seen["stream"] = [line for line in answer.iter_lines() if line]
