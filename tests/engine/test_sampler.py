@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
@@ -50,6 +50,7 @@ PARAMS = st.builds(
 
 
 @settings(max_examples=100)
+@example([SamplingParams(temperature=0.25, top_p=1 - 2**-53)], 0, 3)
 @given(st.lists(PARAMS, min_size=1, max_size=5), st.integers(0, 10**6), st.sampled_from([3, 512]))
 def test_rows_with_settings_of_their_own_are_filtered_as_transformers_would(
     params: list[SamplingParams], seed: int, near: int
@@ -60,8 +61,9 @@ def test_rows_with_settings_of_their_own_are_filtered_as_transformers_would(
         found = filtered(params, logits).softmax(-1)
     for row, p in enumerate(params):
         expected = as_transformers_would(p, logits[row : row + 1])[0]
-        # a token at the very edge of top_p may fall either way by rounding, and takes others' mass along
-        edge = (found[row] > 0) != (expected > 0)
+        # A token at the very edge of top_p may fall either way by rounding, and takes others' mass along; so may any
+        # number of tokens whose mass is below rounding, where top_p is all but 1.
+        edge = ((found[row] > 0) != (expected > 0)) & (torch.maximum(found[row], expected) > 1e-6)
         assert int(edge.sum()) <= 1
         if not edge.any():
             torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-6)
