@@ -148,7 +148,7 @@ def apply(
     settings
         The predictors; with mode ``none`` nothing is done.
     fixed
-        Leave the plan's formats as they are, because they are a preset's.
+        Leave the plan's formats as they are, because they are a preset's or another search's.
     show
         Makes progress displays.
 

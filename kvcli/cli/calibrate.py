@@ -222,7 +222,9 @@ def calibrate(
                 task=TaskObjective(task, task_items, seed, task_data) if task else None,
                 seed=seed, means=means, fresh=fresh, show=progress, run=run,
             )  # fmt: skip
-    adapting.apply(loaded, corpus, found, predicted, fixed=preset is not None, show=progress)
+    # plans of presets and of KVTuner's search were asked for as they are
+    fixed_plan = preset is not None or search != "surrogate"
+    adapting.apply(loaded, corpus, found, predicted, fixed=fixed_plan, show=progress)
     if found.stages.resumed:
         say(f"Resumed: {', '.join(found.stages.resumed)} taken from an earlier run.")
     if about_weights is not None:

@@ -104,3 +104,17 @@ def test_kvtuners_search_can_weigh_a_tasks_errors(tinystories, warm, tmp_path, s
     accepted(warm(*words, "--search", "kvtuner-nsga2", "--trials", 4, "-o", tmp_path / "A"))
     front = json.loads((tmp_path / "A/report.json").read_text())["front"]
     assert all(x["loss"] in (0, 0.5, 1) for x in front["points"])
+
+
+def test_predictors_leave_the_plan_of_kvtuners_search_as_it_is(tinystories, warm, tmp_path, small):
+    pytest.importorskip("optuna")
+    pytest.importorskip("sklearn")
+    words = ("calibrate", tinystories, "--bits", 6, *small, "--search", "kvtuner-nsga2", "--trials", 8)
+    plans = []
+    for mode in ("none", "absorbed"):
+        # the same text in both, for predictors read more by default
+        accepted(warm(*words, "--tokens", 2048, "--adapters", mode, "-o", tmp_path / mode))
+        plans.append(json.loads((tmp_path / mode / "kvcli.json").read_text())["plan"])
+    plain, predicted = ([(x["k"], x["v"]) for x in plan["layers"]] for plan in plans)
+    assert plain == predicted
+    assert [x["predictor"] is not None for x in plans[1]["layers"]] == [True, True]

@@ -137,3 +137,12 @@ def float64_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
         monkeypatch.setattr(norm, "forward", forward)
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    """Compute with one thread: sums of tiny models come out the same, and sooner."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from kvcli.engine.runner import EngineRunner
 from kvcli.errors import InputError, UsageError
 from kvcli.evaluation.attention_speed import NativeAttention
 from kvcli.models.architectures import Rope, geometry
-from kvcli.models.loading import LoadedModel
 from kvcli.plan import CachePlan
 from kvcli.quant.prediction import Linear, Predictor, Source
 from kvcli.runtime import kvrt, prefill
@@ -36,6 +34,7 @@ from kvcli.runtime.weights import check_runnable
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
 
 from test_predicted_cache import SETTINGS, plan_of, tensors_of, text
+from test_runner import loaded_of
 
 Tiny = Callable[..., PreTrainedModel]
 TOKENS = 96
@@ -46,17 +45,7 @@ except kvrt.NativeError as error:
     pytest.skip(f"needs the native kernels: {error}", allow_module_level=True)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def loaded_of(model: PreTrainedModel) -> LoadedModel:
-    tokenizer: Any = SimpleNamespace()
-    return LoadedModel(model, tokenizer, "tiny", geometry(model.config), Rope.from_model(model), ())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def reference(model: PreTrainedModel, plan: CachePlan, ids: Tensor) -> Tensor:

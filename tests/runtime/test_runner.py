@@ -47,12 +47,7 @@ except kvrt.NativeError as error:
     pytest.skip(f"needs the native kernels: {error}", allow_module_level=True)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def loaded_of(model: PreTrainedModel) -> LoadedModel:
