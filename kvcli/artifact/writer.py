@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import kvcli
-from kvcli.artifact.reader import Artifact, Progress, is_artifact, open_artifact, sha256_of
+from kvcli.artifact.reader import INDEX, Artifact, Progress, is_artifact, open_artifact, sha256_of
 from kvcli.artifact.schema import MANIFEST, SCHEMA_VERSION
 from kvcli.artifact.tensors import TENSORS
 from kvcli.errors import InputError, KvcliError, UsageError
@@ -126,7 +126,10 @@ class ArtifactWriter:
             raise self._refusal(exc) from exc
 
     def write_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Write the model's weights as Transformers does: one file, or shards of at most 4 GiB and their index.
+        """Write the model's weights as Transformers does, one file or shards of at most 4 GiB, and always their index.
+
+        A loader that would read every safetensors file of a folder, as vLLM's does, reads those of the index instead,
+        and so leaves the cache's tensors alone.
 
         Of tensors that share their memory (tied embeddings) the first is kept; Transformers ties the others again.
 
@@ -140,6 +143,8 @@ class ArtifactWriter:
         state = _own_memory(weights)
         self._reserve(sum(get_torch_storage_size(tensor) for tensor in state.values()))
         save_torch_state_dict(state, self.path, max_shard_size=MAX_SHARD_BYTES)
+        if not (self.path / INDEX).exists():
+            self.write_json(INDEX, {"metadata": {}, "weight_map": dict.fromkeys(state, "model.safetensors")})
 
     def link(self, source: Artifact, pattern: str) -> None:
         """Take the files of another artifact whose names match.

@@ -39,6 +39,11 @@ TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}
 WHICH: tuple[Which, Which] = ("k", "v")
 
 
+def is_quantized(loaded: LoadedModel) -> bool:
+    """Whether the model's linear layers are stored in few bits, so that nothing can be fused into them."""
+    return loaded.quantized is not None or hasattr(loaded.model.config, "quantization_config")
+
+
 def check(loaded: LoadedModel, settings: LearnSettings) -> CachePlan:
     """Return the cache that learning sees.
 
@@ -49,7 +54,7 @@ def check(loaded: LoadedModel, settings: LearnSettings) -> CachePlan:
     UsageError
         If geoopt is not installed and is needed.
     """
-    if loaded.quantized is not None or hasattr(loaded.model.config, "quantization_config"):
+    if is_quantized(loaded):
         raise InputError("Transforms fuse into unquantised weights, and the model's are quantised.")
     if settings.steps:
         learning.check_installed()

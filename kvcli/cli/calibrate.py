@@ -153,9 +153,10 @@ def calibrate(
     if preset is not None and transforms == "learned":
         raise UsageError("--transforms learned is for recipes: a preset is taken as it was published.")
     learn = None if transforms == "none" or preset is not None else LearnSettings.of_recipe(recipe)
-    if learn is None and transforms == "learned":
+    if transforms == "learned" and (learn is None or not learn.steps):
         learn = LearnSettings.for_space(load_recipe(recipe))
-    if learn is not None and (ray is not None or device_map != "none"):
+    elsewhere = ray is not None or device_map != "none"
+    if learn is not None and elsewhere and learn.steps:
         raise UsageError("Transforms are learned here, on a model in memory: give --transforms none, or no --ray.")
     if ray is not None:
         check_ray(ray)
@@ -166,6 +167,10 @@ def calibrate(
     placement = ModelSource(model, dtype, trust_remote_code, None if device_map == "none" else device_map)
     with progress("loading the model"):
         loaded = load(**vars(placement))
+    if learn is not None and not learn.steps and (elsewhere or transforming.is_quantized(loaded)):
+        # the default must work on every model; what was asked for by name must not be left out in silence
+        say("Transforms are left out: they need unquantised weights in the memory of this process.")
+        learn = None
     if learn is not None:
         learn = learn.shortened(min(WINDOW, loaded.max_context))
         transforming.check(loaded, learn)

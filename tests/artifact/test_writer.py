@@ -62,6 +62,11 @@ def test_tied_weights_are_stored_once(pristine: Path) -> None:
     assert "lm_head.weight" not in names
 
 
+def test_the_index_names_all_weights_and_nothing_of_the_cache(pristine: Path) -> None:
+    index = json.loads((pristine / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == dict.fromkeys(load_file(pristine / "model.safetensors"), "model.safetensors")
+
+
 def test_slices_are_stored_whole_and_alone(tmp_path: Path) -> None:
     large = torch.arange(64.0).view(8, 8)
     weights = {"rows": large[2:4], "columns": large[:, :3], "empty": torch.zeros(0), "void": torch.zeros(0)}
