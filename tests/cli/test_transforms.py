@@ -1,4 +1,4 @@
-"""``kvcli calibrate --recipe faithful`` and ``kvcli eval --simulate-activations`` as their user meets them."""
+"""Transforms that calibration fuses, and ``kvcli eval --simulate-activations``, as their user meets them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
 
 from cli_checks import CORPUS, Done, accepted, refused
+
+from kvcli.calibration.learn_settings import LearnSettings
 
 RECIPE = """
 search:
@@ -34,6 +36,8 @@ learn:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("transforms")
     (folder / "tiny.yaml").write_text(RECIPE)
+    closed = RECIPE.replace("steps: 2", "steps: 0").replace("windows: 6", "windows: 3")
+    (folder / "closed.yaml").write_text(closed)
     (folder / "text.txt").write_text(CORPUS)
     return folder
 
@@ -60,6 +64,36 @@ def test_a_recipe_that_learns_leaves_an_ordinary_artifact(artifact: Path, run_kv
     assert not list(artifact.parent.glob(".out.stages"))
     done = run_kvcli("generate", artifact, "Once upon a time", "--max-tokens", 4)
     assert accepted(done).strip()
+
+
+def closed_form(model: Path, out: str, *more: object) -> list[object]:
+    words = ["calibrate", model, "--bits", 4.5, "--context", 512, "--recipe", "closed.yaml", "--tokens", 512, "-o", out]
+    return [*words, *more]
+
+
+def test_the_default_takes_closed_forms_and_no_step() -> None:
+    learn = LearnSettings.of_recipe("balanced")
+    assert learn is not None
+    assert (learn.steps, learn.start, learn.means) == (0, "closed-form", True)
+    assert LearnSettings.of_recipe("fast") is None
+
+
+def test_a_model_whose_weights_are_quantised_does_without_closed_forms(
+    tinystories: Path, folder: Path, run_kvcli: Callable[..., Done]
+) -> None:
+    accepted(run_kvcli(*closed_form(tinystories, "int4", "--weights", "int4", "--weight-method", "rtn"), cwd=folder))
+    assert "transforms" in json.loads((folder / "int4/report.json").read_text())
+    done = run_kvcli(*closed_form(folder / "int4", "again"), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "Transforms are left out" in done.stderr
+    assert "transforms" not in json.loads((folder / "again/report.json").read_text())
+
+
+def test_learning_by_name_learns_also_where_the_recipe_takes_no_steps(
+    tinystories: Path, folder: Path, run_kvcli: Callable[..., Done]
+) -> None:
+    words = closed_form(tinystories, "never", "--transforms", "learned", "--device-map", "auto")
+    refused(run_kvcli(*words, cwd=folder), 2, "Transforms are learned here")
 
 
 def test_simulated_activations_cost_and_say_so(artifact: Path, folder: Path, run_kvcli: Callable[..., Done]) -> None:
