@@ -1,9 +1,10 @@
 """What predictors are worth: none, absorbed and always, at 2.5, 3.25 and 4.25 effective bits.
 
 SmolLM2-135M-Instruct, windows of 2048 tokens with the second half scored, bits counted at 2048 tokens, calibrated on
-the built-in corpus without one of its kinds; judged on WikiText-2 raw test and on the kind that was left out. Every arm
-searches the default's space as ``kvcli solve`` does, from the same measurements of layers, and the best of three
-settings on calibration text is taken. Writes JSON after every measurement, and takes up where it was stopped.
+the built-in corpus without one of its kinds; judged on WikiText-2 raw test and on the kind that was left out. The model
+has the default recipe's transforms, in closed form, and the reference is the model as it was. Every arm searches
+the default's space as ``kvcli solve`` does, from the same measurements of layers, and the best of three settings on
+calibration text is taken. Writes JSON after every measurement, and takes up where it was stopped.
 
     python benchmarks/adapters.py --data wiki.test.raw --out benchmarks/results/adapters.json
 """
@@ -19,10 +20,11 @@ from typing import Any
 import torch
 from demo import model_file
 
-from kvcli.calibration import aqua_kv, corpora
+from kvcli.calibration import aqua_kv, corpora, transforming
 from kvcli.calibration.adapting import AdapterSettings, search
+from kvcli.calibration.learn_settings import LearnSettings
 from kvcli.calibration.measuring import Measuring, check_probe
-from kvcli.calibration.pipeline import Budget, exact_layers, moments, search_space
+from kvcli.calibration.pipeline import Budget, exact_layers, search_space
 from kvcli.calibration.stages import Stages, in_turn
 from kvcli.evaluation.fidelity import evaluate
 from kvcli.models.loading import load
@@ -54,7 +56,7 @@ def main() -> None:
     out = Path(args.out)
     result: dict[str, Any] = {
         "question": "what are predictors worth, in quality per effective bit?", "model": model_file().name,
-        "calibration": LEARN, "tokens": args.tokens, "windows": args.limit, "results": [],
+        "calibration": LEARN, "transforms": "closed form", "tokens": args.tokens, "windows": args.limit, "results": [],
     }  # fmt: skip
     if out.exists():
         before = json.loads(out.read_text())
@@ -69,19 +71,22 @@ def main() -> None:
     }
     geometry, space = exact_layers(loaded), search_space("balanced", exact_layers(loaded))
     exact = CachePlan(tuple(geometry), dtype=loaded.dtype)
+    reference = PackedModel(load(str(model_file())), exact, {})
     widest = ARMS["always"].applied(
         replace(exact, layers=tuple(space.layer(x, space.k[0], space.v[0]) for x in geometry))
     )  # fmt: skip
     short = corpora.tokens(LEARN, loaded, num_tokens=8192, seed=0, length=1024)
+    learn = LearnSettings.of_recipe("balanced")
+    assert learn is not None
+    Path(args.work).mkdir(parents=True, exist_ok=True)
+    _, means, _ = transforming.apply(loaded, short, learn, Path(args.work) / "transforms")
     with torch.no_grad():
         own = aqua_kv.statistics(loaded, widest, ids)
-        means = moments(loaded, exact, ids, lambda: None)
         work = Measuring(
             loaded, means, space, geometry, Stages(Path(args.work)),
             {"model": loaded.sha256, "dtype": loaded.dtype, "data": short.sha256}, in_turn,
         )  # fmt: skip
         costs, probe = work.costs(short.ids), check_probe(loaded, short.ids, means)
-    reference = PackedModel(loaded, exact, {})
     for name, arm in ARMS.items():
         for budget in map(float, args.bits.split(",")):
             if any((x["arm"], x["budget"]) == (name, budget) for x in result["results"]):

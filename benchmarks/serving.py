@@ -226,8 +226,8 @@ def write(
     for name, command in servers.items():  # llama-server writes its version to stderr
         if name != "kvcli" and isinstance(command, list):
             ask_it = [command[0], "--version"] if name == "llama.cpp" else [command[0], "-c", PRINT_VERSION]
-            done = subprocess.run(ask_it, capture_output=True, text=True, check=False)
-            packages[name] = (done.stdout + done.stderr).strip().splitlines()[-2 if name == "llama.cpp" else -1]
+            said = subprocess.run(ask_it, capture_output=True, text=True, check=False)
+            packages[name] = (said.stdout + said.stderr).strip().splitlines()[-2 if name == "llama.cpp" else -1]
     found = {
         "ratios_ours_over_theirs": ratios,
         "skipped": {name: why for name, why in servers.items() if isinstance(why, str)},

@@ -50,13 +50,16 @@ ARMS = {
     "all learned": LEARNED,
     "all learned, plain means": replace(LEARNED, means=False, start="identity"),
 }
+SLOW = replace(LEARNED, rotation_rate=0.002, scale_rate=0.002)
 SWEEP = {
-    f"rotations {r}, scales {s}, {loss}": replace(LEARNED, rotation_rate=r, scale_rate=s, loss=loss)
-    for r, s, loss in (
-        (0.005, 0.003, "kl-top"), (0.02, 0.03, "kl-top"), (0.02, 0.003, "kl-top"),
-        (0.02, 0.01, "forward-kl"), (0.02, 0.01, "kl-top-renormalised"),
-    )
-} | {"start womi": replace(LEARNED, start="womi"), "start identity": replace(LEARNED, start="identity")}  # fmt: skip
+    "rotations 0.02, scales 0.01": replace(LEARNED, rotation_rate=0.02, scale_rate=0.01),
+    "rotations 0.002, scales 0.002": SLOW,
+    "rotations 0.0005, scales 0.0005": replace(LEARNED, rotation_rate=0.0005, scale_rate=0.0005),
+    "rotations 0.002, scales 0.002, batch 4": replace(SLOW, batch=4, check_every=5),
+    "rotations 0.002, scales 0.002, forward-kl": replace(SLOW, loss="forward-kl"),
+    "rotations 0.002, scales 0.002, start womi": replace(SLOW, start="womi"),
+    "rotations 0.002, scales 0.002, start identity": replace(SLOW, start="identity"),
+}
 FOUR = Weights(4, 128)
 FOR_WEIGHTS = replace(
     LEARNED, maps=("r_ov", "s_attn", "s_ffn", "s_qk", "s_ov", "s_ud"), weights=FOUR,
