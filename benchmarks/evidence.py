@@ -97,7 +97,10 @@ class Evidence:
                 "effective_bits", "effective_bits_with_model", "nominal_bits", "context", "bytes_at",
                 "bytes_at_16_bits", "model_bytes", "block_size", "sink_tokens", "residual_window", "dtype",
             )  # fmt: skip
+            longest = json.loads((path / "config.json").read_text("utf-8"))["max_position_embeddings"]
             plan = {**{x: plan[x] for x in shown}, "kv_bits_by_layer": formats}
+            for key in ("bytes_at", "bytes_at_16_bits"):
+                plan[key] = {n: x for n, x in plan[key].items() if int(n) <= longest}
             row = {"artifact": sha256, "plan": plan, "tasks": {}, "seconds": {}}
             self.result["artifacts"][name] = row
         if "fidelity" not in row:

@@ -19,7 +19,7 @@ SHAPES = ("diamond", "circle", "square", "triangle-up", "triangle-down", "cross"
 
 
 def spec(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the Vega-Lite specification, with its data: all rows of a finite KL above 0."""
+    """Return the Vega-Lite specification, with its data: all rows of a KL above 0."""
     rows = [
         {"cache": x["name"], "family": x["family"], "bits": x["effective_bits"], "KL": x["kl"]["mean"]}
         for x in result["results"]
@@ -37,7 +37,8 @@ def spec(result: Mapping[str, Any]) -> dict[str, Any]:
                 "title": f"effective bits at {result['window']} tokens",
             },
             "y": {
-                "field": "KL", "type": "quantitative", "scale": {"type": "log"}, "axis": {"format": "~g"},
+                "field": "KL", "type": "quantitative", "scale": {"type": "log"},
+                "axis": {"values": [10.0**x for x in range(-6, 3)], "format": "~g"},
                 "title": "mean KL from the 16-bit cache (nats a token)",
             },
             "color": {**family, "scale": colours},
