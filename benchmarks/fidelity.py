@@ -1,12 +1,13 @@
-"""What kvcli's cache costs in quality per effective bit, on the standing case.
+"""What caches cost in quality per effective bit: kvcli beside llama.cpp, Transformers and plain KIVI, in one run.
 
 SmolLM2-135M-Instruct, WikiText-2 raw test, windows of 2048 tokens with the second half scored, effective bits counted
-at 2048 tokens, calibrated on kvcli's built-in corpus: other text. Writes JSON; one calibration serves every budget.
+at 2048 tokens. kvcli is calibrated on its built-in corpus, other text, once for all budgets; quality_peers.py says how
+the others are read. Writes JSON after every row, and takes up where it was stopped: a rerun with the same settings
+measures what is missing, ``--fresh`` everything. Who is not installed, or does not run, stands in ``skipped``. In the
+end draws docs/evidence/fidelity.svg (needs ``kvcli[report]``).
 
-    python benchmarks/fidelity.py --data wiki.test.raw --out benchmarks/results/fidelity.json
-
-The figures of llama.cpp are its own cache types' on the same weights and windows, measured before (f16 as reference);
-they stand in the JSON for comparison and are not measured by this run.
+    pip install llama-cpp-python hqq optimum-quanto
+    python benchmarks/fidelity.py --data wiki.test.raw
 """
 
 from __future__ import annotations
@@ -18,19 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from demo import model_file
 
-LLAMA_CPP = [
-    {"cache": "q8_0", "effective_bits": 8.5, "delta_ppl_pct": 0.06, "kl": 0.0039, "flips": 0.048},
-    {"cache": "q8_0 K, q4_0 V", "effective_bits": 6.5, "delta_ppl_pct": 0.62, "kl": 0.0096, "flips": 0.057},
-    {"cache": "q5_1", "effective_bits": 6.0, "delta_ppl_pct": 1.27, "kl": 0.0128, "flips": 0.071},
-    {"cache": "q4_1", "effective_bits": 5.0, "delta_ppl_pct": 4.48, "kl": 0.0417, "flips": 0.127},
-    {"cache": "q4_0", "effective_bits": 4.5, "delta_ppl_pct": 5.44, "kl": 0.0469, "flips": 0.128},
-]
+GROUPS = ("kvcli", "llama.cpp", "KIVI", "Transformers")
+PACKAGES = ("kvcli", "torch", "transformers", "llama-cpp-python", "hqq", "optimum-quanto")
 
 
 def kvcli(*words: str) -> dict[str, Any]:
@@ -42,49 +40,157 @@ def kvcli(*words: str) -> dict[str, Any]:
     return result
 
 
+class Rows:
+    """The result file, written after every row.
+
+    Parameters
+    ----------
+    path
+        The JSON file.
+    asked
+        Everything that decides the figures; rows of a file that was asked something else are not taken over.
+    fresh
+        Take no rows over.
+    """
+
+    def __init__(self, path: Path, asked: dict[str, Any], *, fresh: bool) -> None:
+        self.path = path
+        self.result: dict[str, Any] = {**asked, "results": [], "skipped": {}}
+        if path.exists() and not fresh:
+            before = json.loads(path.read_text("utf-8"))
+            if {x: before.get(x) for x in asked} == asked:
+                self.result = before
+
+    def has(self, name: str) -> bool:
+        """Whether a row is there."""
+        return any(x["name"] == name for x in self.result["results"])
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row, in the order of bits within its family."""
+        rows = [*self.result["results"], row]
+        families = list(dict.fromkeys(x["family"] for x in rows))
+        rows.sort(key=lambda x: (x["kind"] != "kvcli", families.index(x["family"]), -x["effective_bits"]))
+        self.result["results"] = rows
+        self.result["skipped"].pop(row["name"], None)
+        self.save()
+        print(
+            f"{row['name']:<32} {row['effective_bits']:6.3f} effective bits, mean KL {row['kl']['mean']:.4f}, "
+            f"PPL {row['ppl']['delta_pct']:+.2f} %, flips {100 * row['flips']['rate']:.1f} %, {row['seconds']:.0f} s",
+            flush=True,
+        )
+
+    def save(self) -> None:
+        """Write the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.result, indent=1) + "\n", "utf-8")
+
+
+def ours(args: argparse.Namespace, rows: Rows, folder: Path) -> None:
+    """Calibrate once, solve for every budget that is missing, evaluate each."""
+    budgets = {f"kvcli, {x} bits asked": x for x in args.bits.split(",")}
+    base = folder / "base"
+    for name, bits in budgets.items():
+        if rows.has(name):
+            continue
+        if not base.exists():
+            began = time.monotonic()
+            kvcli(
+                "calibrate", str(args.model), "--bits", bits, "--context", args.window, "--data", args.calibration,
+                "--recipe", args.recipe, "-o", str(base),
+            )  # fmt: skip
+            rows.result["calibration_s"] = time.monotonic() - began
+        out, began = str(folder / bits), time.monotonic()
+        plan = kvcli("solve", str(base), "--bits", bits, "-o", out, "--force")
+        found = kvcli("eval", out, "--data", args.data, "--window", args.window, "--limit", args.limit)
+        shared = {x: plan[x] for x in ("block_size", "sink_tokens", "residual_window", "predicted_kl")}
+        formats = " ".join(f"{x['k']['bits']}{x['v']['bits']}" for x in plan["layers"])
+        kind = {"kind": "kvcli", "family": "kvcli", "name": name, "budget": float(bits)}
+        seconds = time.monotonic() - began
+        rows.add({**kind, **found, **shared, "kv_bits_by_layer": formats, "seconds": seconds})
+
+
+def theirs(args: argparse.Namespace, rows: Rows, groups: Sequence[str]) -> None:
+    """Measure every peer that is missing, on the same windows."""
+    from quality_peers import Absent, Judge, peers
+
+    from kvcli.calibration import corpora
+    from kvcli.models.loading import load
+
+    loaded = load(str(args.model), dtype="float32")
+    windows = corpora.windows(args.data, loaded.tokenizer, int(args.window), limit=int(args.limit))
+    for peer in peers(Judge(loaded, args.model, windows)):
+        if peer.group not in groups or rows.has(peer.name):
+            continue
+        began = time.monotonic()
+        try:
+            found = peer.measure()
+        except Absent as error:
+            why = str(error)
+        except Exception as error:  # libraries raise what they like: it is written down, and the next one's turn
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        else:
+            kind = {"kind": "peer", "family": peer.family, "name": peer.name}
+            rows.add({**kind, **found, "seconds": time.monotonic() - began})
+            continue
+        print(f"{peer.name} is skipped: {why}", flush=True)
+        rows.result["skipped"][peer.name] = why
+        rows.save()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what took part."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def main() -> None:
-    """Calibrate once, solve for every budget, evaluate each."""
+    """Measure what is missing, and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="WikiText-2 raw test file")
-    parser.add_argument("--bits", default="5,4.25,3.25", help="budgets, effective bits at the window, with commas")
+    parser.add_argument("--model", type=Path, help="GGUF file or folder; default: the standing model")
+    parser.add_argument("--bits", default="6,5,4.25,3.25,2.5,2", help="kvcli's budgets, effective bits at the window")
+    parser.add_argument("--only", default=",".join(GROUPS), help="who takes part, with commas")
     parser.add_argument("--window", default="2048")
     parser.add_argument("--limit", default="4", help="windows")
     parser.add_argument("--calibration", default="builtin", help="calibration text")
     parser.add_argument("--recipe", default="balanced")
     parser.add_argument("--keep", help="folder to keep the artifacts in: base and one per budget")
-    parser.add_argument("--out", default="benchmarks/results/fidelity.json")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the JSON already has")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fidelity.json"))
+    parser.add_argument("--plot", type=Path, default=Path("docs/evidence/fidelity.svg"))
     args = parser.parse_args()
-    budgets = args.bits.split(",")
-    rows = []
-    with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
-        base = str(Path(folder) / "base")
-        kvcli(
-            "calibrate", str(model_file()), "--bits", budgets[0], "--context", args.window, "--data", args.calibration,
-            "--recipe", args.recipe, "-o", base,
-        )  # fmt: skip
-        calibration_s = time.monotonic() - began
-        for bits in budgets:
-            out = str(Path(folder) / bits)
-            plan = kvcli("solve", base, "--bits", bits, "-o", out)
-            found = kvcli("eval", out, "--data", args.data, "--window", args.window, "--limit", args.limit)
-            shared = {x: plan[x] for x in ("block_size", "sink_tokens", "residual_window", "predicted_kl")}
-            formats = [f"{x['k']['bits']}{x['v']['bits']}" for x in plan["layers"]]
-            rows.append({"budget": float(bits), **found, **shared, "kv_bits_by_layer": " ".join(formats)})
-            print(
-                f"budget {bits:>5}: {found['effective_bits']:.3f} effective bits, mean KL {found['kl']['mean']:.4f}, "
-                f"PPL {found['ppl']['delta_pct']:+.2f} %, flips {100 * found['flips']['rate']:.1f} %"
-            )
-    result = {
-        "question": "what does the cache cost in quality per effective bit?",
-        "model": model_file().name, "data": Path(args.data).name, "calibration": args.calibration,
-        "recipe": args.recipe, "calibration_s": calibration_s, "results": rows, "llama_cpp": LLAMA_CPP,
-        "machine": {"processor": platform.machine(), "python": platform.python_version()},
+    args.model = args.model or model_file()
+    groups = [x.strip() for x in args.only.split(",")]
+    if unknown := set(groups) - set(GROUPS):
+        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(GROUPS)}.")
+    asked = {
+        "question": "what does a cache cost in quality per effective bit?", "model": args.model.name,
+        "data": Path(args.data).name, "calibration": args.calibration, "recipe": args.recipe,
+        "window": int(args.window), "windows": int(args.limit),
     }  # fmt: skip
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {out}")
+    rows = Rows(args.out, asked, fresh=args.fresh)
+    rows.result["machine"] = {
+        "processor": platform.machine(), "python": platform.python_version(), "versions": versions()
+    }  # fmt: skip
+    if "kvcli" in groups:
+        with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as folder:
+            ours(args, rows, Path(folder))
+    if set(groups) - {"kvcli"}:
+        theirs(args, rows, groups)
+    rows.save()
+    print(f"written to {args.out}")
+    try:
+        from fidelity_plot import draw
+    except ImportError:
+        print("not drawn: that needs vl-convert-python (pip install 'kvcli[report]')")
+    else:
+        draw(rows.result, args.plot)
+        print(f"drawn in {args.plot}")
 
 
 if __name__ == "__main__":

@@ -148,8 +148,9 @@ def _exact(artifact: Artifact, own: dict[str, Any], context: int, *, several: bo
         fidelity = {
             **{x: measured[x] for x in ("context", "windows", "scored_tokens", "dtype")},
             "effective_bits": plan.effective_bits(measured["context"]), "measured_bytes": measured["reference_bytes"],
-            "ppl": {"value": value, "reference": value, "delta_pct": 0.0},
-            "kl": {"mean": 0.0, "p99": 0.0, "p999": 0.0}, "flips": {"rate": 0.0},
+            "ppl": {"value": value, "reference": value, "delta_pct": 0.0, "interval_pct": [0.0, 0.0]},
+            "kl": {"mean": 0.0, "p99": 0.0, "p999": 0.0, "interval": [0.0, 0.0]},
+            "flips": {"rate": 0.0, "interval": [0.0, 0.0]},
         }  # fmt: skip
         column["fidelity"] = {k: v for k, v in fidelity.items() if k in measured}
     if "tasks" in own:

@@ -207,12 +207,21 @@ def _print(result: dict[str, Any]) -> None:
     print(f"effective bits {bits:.3f} at {context} tokens, {ratio:.2f} times smaller than 16 bits")
     if "ppl" in result:
         ppl = result["ppl"]
-        print(f"perplexity {ppl['value']:.3f} against {ppl['reference']:.3f} ({ppl['delta_pct']:+.2f} %)")
+        low, high = ppl["interval_pct"]
+        print(
+            f"perplexity {ppl['value']:.3f} against {ppl['reference']:.3f} ({ppl['delta_pct']:+.2f} %, 95 % interval "
+            f"{low:+.2f} to {high:+.2f})"
+        )
     if "kl" in result:
         kl = result["kl"]
-        print(f"KL mean {kl['mean']:.5f}, 99th percentile {kl['p99']:.4f}, 99.9th {kl['p999']:.4f} nats a token")
+        low, high = kl["interval"]
+        print(
+            f"KL mean {kl['mean']:.5f} ({low:.5f} to {high:.5f}), 99th percentile {kl['p99']:.4f}, "
+            f"99.9th {kl['p999']:.4f} nats a token"
+        )
     if "flips" in result:
-        print(f"top-1 flips {100 * result['flips']['rate']:.2f} %")
+        low, high = (100 * x for x in result["flips"]["interval"])
+        print(f"top-1 flips {100 * result['flips']['rate']:.2f} % ({low:.2f} to {high:.2f})")
     if "simulated_activations" in result:
         down = ", down's input rotated" if result["simulated_activations"]["rotate_down"] else ""
         print(f"simulated: activations of {result['simulated_activations']['bits']} bits a token{down}")

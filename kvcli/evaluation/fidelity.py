@@ -7,7 +7,7 @@ reference is the same weights on the exact plan, run in the same chunks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from kvcli.errors import BudgetError, InputError
 from kvcli.evaluation.activations import simulating
+from kvcli.evaluation.intervals import bootstrap
 from kvcli.runtime.packed_model import CHUNK, PackedModel
 
 TASKS = ("ppl", "kl", "flips")
 ROWS = 128  # tokens whose distributions are compared at once, in float64
-BINS = 16  # parts of the scored half, for KL along the sequence
+BINS = 16  # parts of the scored half, for KL along the sequence, and what the bootstrap draws
 
 
 def compare(reference: Tensor, other: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -89,7 +90,7 @@ def evaluate(
     -------
     dict
         ``effective_bits`` at the evaluated length (the larger of the plan's and the measured), ``measured_bytes``, and
-        ``ppl``, ``kl``, ``flips`` as asked; with ``kl`` also ``kl_by_position``, as :func:`along`.
+        what :func:`measures` returns.
 
     Raises
     ------
@@ -139,11 +140,45 @@ def evaluate(
     }  # fmt: skip
     if activations is not None:
         result["simulated_activations"] = {"bits": activations, "rotate_down": rotate_down}
-    merged = {name: torch.cat([f[name] for f in found]) for name in found[0]}
-    result |= {task: summarize(task, merged) for task in tasks}
-    if "kl" in tasks:
-        result["kl_by_position"] = along(torch.stack([f["kl"] for f in found]), tokens - scored)
+    return result | measures(found, tokens - scored, tasks)
+
+
+def measures(found: Sequence[Mapping[str, Tensor]], first: int, tasks: Sequence[str] = TASKS) -> dict[str, Any]:
+    """Return the figures of windows of equal length, with 95 % intervals.
+
+    Neighbouring tokens are alike, so the bootstrap draws whole parts of windows (blocks: Carlstein, 1986).
+
+    Parameters
+    ----------
+    found
+        What :func:`compare` returned for each window.
+    first
+        Position of the first scored token in its window.
+    tasks
+        Any of ``ppl``, ``kl``, ``flips``.
+
+    Returns
+    -------
+    dict
+        The tasks, each as :func:`summarize`, with ``interval``: of the mean KL, of the rate of flips, and of the
+        change of perplexity (``interval_pct``). With ``kl`` also ``kl_by_position``, as :func:`along`.
+    """
+    merged = {name: torch.cat([x[name] for x in found]) for name in found[0]}
+    result: dict[str, Any] = {task: {**summarize(task, merged)} for task in tasks}
+    if "ppl" in result:
+        worse = bootstrap(_parts([x["nll"] - x["nll_reference"] for x in found]))
+        result["ppl"]["interval_pct"] = [100 * math.expm1(x) for x in worse]
+    if "kl" in result:
+        result["kl"]["interval"] = list(bootstrap(_parts([x["kl"] for x in found])))
+        result["kl_by_position"] = along(torch.stack([x["kl"] for x in found]), first)
+    if "flips" in result:
+        result["flips"]["interval"] = list(bootstrap(_parts([x["flip"].double() for x in found])))
     return result
+
+
+def _parts(values: Sequence[Tensor]) -> list[float]:
+    """Return the means of up to :data:`BINS` parts of each window."""
+    return [float(part.mean()) for x in values for part in x.tensor_split(min(BINS, len(x)))]
 
 
 def along(kl: Tensor, first: int) -> list[dict[str, float]]:

@@ -5,7 +5,7 @@ Text and lines take ``currentColor``, so that charts follow the page from light 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvcli.report.gathering import Section
@@ -14,6 +14,11 @@ _Spec = dict[str, Any]
 
 # Okabe and Ito's with a lighter blue: told apart by people who see colours differently, readable on light and dark
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#2e86c1", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
+GREY, OLIVE = "#8c8c8c", "#a89f00"
+CACHES = {
+    "kvcli": BLUE, "llama.cpp": ORANGE, "KIVI, 32 exact": GREEN, "KIVI, 128 exact": OLIVE,
+    "Transformers HQQ": PURPLE, "Transformers quanto": GREY,
+}  # fmt: skip
 KEYS = {"domain": ["K", "V"], "range": [SKY, ORANGE]}
 HEIGHT = 300
 
@@ -37,6 +42,12 @@ def spec(section: Section) -> _Spec:
     """Return the Vega-Lite specification of a section, with its data."""
     data = [dict(zip(section.columns, row, strict=True)) for row in section.rows]
     return {"width": "container", "height": HEIGHT, "config": CONFIG, **_DRAW[section.name](section, data)}
+
+
+def colours(names: Sequence[str]) -> list[str]:
+    """Return the colours of families of caches, ``… on TEXT`` or not, and of what else stands beside them."""
+    own = {"predicted": BLUE, "measured": SKY, **CACHES}
+    return [own.get(x.partition(" on ")[0], RED) for x in names]
 
 
 def _field(name: str, kind: str = "quantitative", **more: Any) -> _Spec:
@@ -63,10 +74,8 @@ _Data = list[dict[str, Any]]
 
 def _pareto(section: Section, data: _Data) -> _Spec:
     kinds = list(dict.fromkeys(x["what"] for x in data))
-    colours = {"predicted": BLUE, "measured": SKY, "chosen": RED, "chosen, predicted": RED}
-    rest = iter((ORANGE, GREEN, PURPLE))
     shapes = {"predicted": "circle", "measured": "square", "chosen": "diamond", "chosen, predicted": "diamond"}
-    scale = {"domain": kinds, "range": [colours.get(x) or next(rest) for x in kinds]}
+    scale = {"domain": kinds, "range": colours(kinds)}
     shape = {"domain": kinds, "range": [shapes.get(x, "triangle-up") for x in kinds]}
     bits, kl = section.columns[2:4]
     return {

@@ -207,19 +207,13 @@ def _pareto(artifact: Artifact, evaluation: Mapping[str, Any] | None) -> Iterato
         ))  # fmt: skip
     found = json.loads(files("kvcli.report").joinpath("peers.json").read_text("utf-8"))
     if rows and manifest["source"]["model"] == found["model"]:
-        ours, peers, data = found["results"], found["llama_cpp"], found["data"]
+        data = found["data"]
         rows += [
-            (f"llama.cpp on {data}", f"llama.cpp {x['cache']}", x["effective_bits"], x["kl"], x["flips"]) for x in peers
+            (f"{x['family']} on {data}", x["name"], x["effective_bits"], x["kl"]["mean"], x["flips"]["rate"])
+            for x in found["results"]
         ]
-        rows += [
-            (
-                f"kvcli on {data}", f"kvcli, {x['budget']:g} bits asked", x["effective_bits"], x["kl"]["mean"],
-                x["flips"]["rate"],
-            )
-            for x in ours
-        ]  # fmt: skip
         note += (
-            f" Points on {data} were measured on {ours[0]['windows']} windows of {ours[0]['context']} tokens of that "
+            f" Points on {data} were measured on {found['windows']} windows of {found['window']} tokens of that "
             f"text (source: {PEERS}): compare those with one another."
         )
     yield Section(

@@ -21,9 +21,9 @@ def test_eval_prints_every_key_and_dumps_what_it_was_computed_from(pristine, war
     words = (*text, "--window", 256, "--limit", 2, "--dump", "dump.safetensors", "--json")
     found = json.loads(accepted(warm("eval", pristine, *words, cwd=tmp_path)))
     assert (found["context"], found["windows"], found["scored_tokens"]) == (256, 2, 256)
-    assert set(found["ppl"]) == {"value", "reference", "delta_pct"}
-    assert set(found["kl"]) == {"mean", "p99", "p999"}
-    assert set(found["flips"]) == {"rate"}
+    assert set(found["ppl"]) == {"value", "reference", "delta_pct", "interval_pct"}
+    assert set(found["kl"]) == {"mean", "p99", "p999", "interval"}
+    assert set(found["flips"]) == {"rate", "interval"}
     assert found["effective_bits"] < found["effective_bits_with_model"]
     inspected = json.loads(accepted(warm("inspect", pristine, "--context", 256, "--json")))
     assert found["effective_bits"] == inspected["effective_bits"]

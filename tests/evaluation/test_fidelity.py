@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.special
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,6 +131,28 @@ def test_kl_along_the_sequence_is_of_every_position_once(windows, scored, first)
         assert x["mean"] == pytest.approx(kl[:, at : at + x["tokens"]].numpy().mean())
 
 
+def test_intervals_are_those_of_scipys_bootstrap_over_parts_of_windows():
+    rng = np.random.default_rng(0)
+    shape = (4, 8 * fidelity.BINS)
+    found = [
+        {"kl": kl, "nll": nll, "nll_reference": before, "flip": kl > 1}
+        for kl, nll, before in zip(*(torch.from_numpy(rng.exponential(1, shape)) for _ in range(3)), strict=True)
+    ]
+    got = fidelity.measures(found, 0)
+
+    def expected(rows: list[Tensor]) -> tuple[float, float]:
+        means = torch.stack(rows).double().reshape(-1, 8).mean(1).numpy()
+        interval = scipy.stats.bootstrap((means,), np.mean, method="percentile", random_state=0).confidence_interval
+        return interval.low, interval.high
+
+    assert got["kl"]["interval"] == pytest.approx(expected([x["kl"] for x in found]), rel=0.03)
+    assert got["flips"]["interval"] == pytest.approx(expected([x["flip"] for x in found]), rel=0.03)
+    worse = expected([x["nll"] - x["nll_reference"] for x in found])
+    assert got["ppl"]["interval_pct"] == pytest.approx([100 * math.expm1(x) for x in worse], abs=1.5)
+    low, high = got["ppl"]["interval_pct"]
+    assert low < got["ppl"]["delta_pct"] < high
+
+
 # --- against the stock model ------------------------------------------------------------------------------------------
 
 
@@ -146,10 +169,11 @@ def test_a_16_bit_plan_is_the_stock_model_to_the_last_digit(tinystories, texts, 
     loaded = load(str(tinystories), dtype=dtype)
     subject = subject_of(loaded, EXACT, EXACT)
     found = evaluate(subject, exact_of(subject), texts)
-    assert found["kl"] == {"mean": 0, "p99": 0, "p999": 0}
-    assert found["flips"] == {"rate": 0}
+    assert found["kl"] == {"mean": 0, "p99": 0, "p999": 0, "interval": [0, 0]}
+    assert found["flips"] == {"rate": 0, "interval": [0, 0]}
     assert found["ppl"]["value"] == found["ppl"]["reference"]
     assert found["ppl"]["delta_pct"] == 0
+    assert found["ppl"]["interval_pct"] == [0, 0]
     loaded.model.set_attn_implementation("sdpa")
     nll = []
     for ids in texts:
