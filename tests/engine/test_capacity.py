@@ -113,9 +113,7 @@ def assert_close(found: list[tuple[Tensor, Tensor]], expected: list[tuple[Tensor
             assert float((x - y).abs().median()) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("name", "absorbed"), [*((x, False) for x in RUNNING), ("windowed", True), ("rotated", True)]
-)
+@pytest.mark.parametrize(("name", "absorbed"), [*((x, False) for x in RUNNING), ("windowed", True), ("rotated", True)])
 @pytest.mark.parametrize("window", [None, 24])
 def test_a_round_trip_is_the_reference_s(name: str, window: int | None, absorbed: bool) -> None:
     plan, dense = plans(name, window, absorbed=absorbed)

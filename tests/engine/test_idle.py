@@ -69,7 +69,9 @@ def capacity(loaded: LoadedModel) -> PackedModel:
 
 def ask(engine: Engine, prompt: list[int], name: str, tokens: int = 8) -> tuple[list[int], int]:
     """Return the greedy answer, and how many tokens of the prompt were found."""
-    engine.add(Request(prompt=prompt, params=SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True), id=name))
+    engine.add(
+        Request(prompt=prompt, params=SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True), id=name)
+    )
     out, cached = [], -1
     while not engine.is_idle:
         for event in engine.step():
