@@ -150,9 +150,9 @@ class BlockManager:
 
     def reopen(self, tokens: Sequence[int], held: int, saved: Any) -> Table | None:
         """Bring back a sequence of which ``held`` tokens were saved, or return None if there is no room."""
-        table = Table(-1)
+        table = Table(-1, apart=self.tier is not None)
         complete = self.geometry.complete(held)
-        if self.prefix_caching:
+        if self.prefix_caching and not table.apart:
             self._extend_names(table, tokens, complete)
             for name in table.names:  # only up to the first that is gone: pages are taken in order
                 if name not in self._pages:
@@ -201,7 +201,7 @@ class BlockManager:
         """
         changed: list[int] = []
         complete = self.geometry.complete(held)
-        if not self.prefix_caching:
+        if table.apart or not self.prefix_caching:
             table.settled = complete
             return changed
         self._extend_names(table, tokens, complete)

@@ -37,12 +37,15 @@ class Table:
         Hashes of its full blocks, each with all before it.
     settled
         Blocks that were complete when last looked at: shared, or entered into the cache.
+    apart
+        Whether its pages are neither shared nor entered, because those of the same names may have come from the tier.
     """
 
     slot: int
     pages: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
     settled: int = 0
+    apart: bool = False
 
 
 @dataclass

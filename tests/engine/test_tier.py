@@ -176,6 +176,32 @@ def test_without_room_to_expand_nothing_is_lost(pool: Pool, check_pool: Check) -
     assert finished(ledger, blocks, [*PROMPT, 1]) == 60
 
 
+def test_who_was_put_aside_gets_its_own_pages_back_and_not_what_was_expanded(pool: Pool, check_pool: Check) -> None:
+    ledger, blocks = pool(WINDOW, 60, 6, {"idle_seconds": 0, "max_bytes": 10**6, "clock": Clock()})
+    opened = blocks.open(PROMPT, 59)
+    assert opened
+    feed(ledger, blocks, opened[0], PROMPT, 0)
+    saved = ledger.save(opened[0].slot, opened[0].pages)
+    blocks.close(opened[0], PROMPT, 60)
+    blocks.demote(100)
+    other = blocks.open([*PROMPT, 1], 60)
+    assert other
+    assert other[1] == 60
+    for page in other[0].pages:
+        ledger.pages[page].clear()  # as a lossy page is not what it was
+    table = blocks.reopen(PROMPT, 60, saved)
+    assert table
+    ledger.read(table, PROMPT, 60)
+    tokens = [*PROMPT, *range(200, 230)]
+    feed(ledger, blocks, table, tokens, 60)
+    assert not set(table.pages) & set(other[0].pages)
+    check_pool(blocks, [table, other[0]])
+    blocks.close(table, tokens, 90)
+    blocks.close(other[0], PROMPT, 60)
+    check_pool(blocks, [])
+    assert blocks.used == 0
+
+
 def test_without_a_tier_nothing_is_due(pool: Pool) -> None:
     ledger, blocks = pool(WINDOW, 40, 4)
     finished(ledger, blocks, PROMPT)

@@ -142,7 +142,10 @@ def test_the_adapters_script_holds_the_three_against_each_other(tinystories, nat
 @pytest.mark.slow
 def test_the_capacity_script_resumes_what_it_put_aside(tinystories, native, tmp_path):
     out, artifact = tmp_path / "capacity.json", tmp_path / "A"
-    words = ("calibrate", tinystories, "--bits", 5, "--context", 512, "--tokens", 1024, "--recipe", "fast")
+    recipe = tmp_path / "small.yaml"
+    fmt = "[{bits: [2, 4, 8], group: 16, scale_dtype: e5m3}]"
+    recipe.write_text(f"search: {{k: {fmt}, v: {fmt}, residual_windows: [16]}}")
+    words = ("calibrate", tinystories, "--bits", 5, "--context", 512, "--tokens", 1024, "--recipe", recipe)
     made = subprocess.run(
         [sys.executable, "-m", "kvcli", *map(str, words), "--adapters", "capacity", "-o", str(artifact)],
         capture_output=True, text=True, timeout=300, check=False,
