@@ -160,8 +160,8 @@ def main() -> None:
     bench = Bench(loaded, artifact, max(lengths) + args.tokens, args.threads)
     result: dict[str, Any] = {
         "question": "what does an idle sequence take, lose, and cost to resume?",
-        "model": artifact.manifest["source"]["model"], "machine": speed.machine(args.threads), "rounds": args.rounds,
-        "data": Path(args.data).name, "windows": args.limit,
+        "model": Path(artifact.manifest["source"]["model"]).name, "machine": speed.machine(args.threads),
+        "rounds": args.rounds, "data": Path(args.data).name, "windows": args.limit,
         "plan": {
             "running_bits": artifact.plan.effective_bits(max(lengths)),
             "idle_bits": artifact.capacity.effective_bits(max(lengths)),
