@@ -292,6 +292,15 @@ class CachePlan:
         """Effective bits with the per-model tensors spread over one sequence of ``context`` tokens."""
         return self.effective_bits(context) + 8 * self.model_bytes() / (context * self.scalars_per_token)
 
+    def shares_pages_with(self, other: CachePlan) -> bool:
+        """Whether another plan cuts the same sequences at the same places: equal but for how pages are coded."""
+        mine, theirs = (
+            (x.block_size, x.sink_tokens, x.residual_window, x.dtype,
+             [(y.num_kv_heads, y.head_dim, y.kind, y.window) for y in x.layers])
+            for x in (self, other)
+        )  # fmt: skip
+        return mine == theirs
+
     # --- making one ---------------------------------------------------------------------------------------------
 
     def as_exact(self) -> CachePlan:

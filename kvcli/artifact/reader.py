@@ -48,22 +48,34 @@ class Artifact:
         Its cache plan.
     report
         ``report.json``, or an empty object where there is none.
+    capacity
+        The plan by which idle sequences are packed again, if there is one.
     """
 
     path: Path
     manifest: dict[str, Any]
     plan: CachePlan
     report: dict[str, Any]
+    capacity: CachePlan | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Read ``kv.safetensors``.
+        """Read the plan's tensors.
 
         Raises
         ------
         InputError
-            The file does not hold exactly the plan's tensors, or one of them holds a value that is not finite.
+            ``kv.safetensors`` does not hold exactly the plans' tensors, or one of them holds a value that is not
+            finite.
         """
-        return tensors.read(self.path / tensors.TENSORS, self.plan)
+        return {name: x for name, x in self._read().items() if not name.startswith(tensors.CAPACITY)}
+
+    def capacity_tensors(self) -> dict[str, Tensor]:
+        """Read the capacity plan's tensors, by the names that the plan has for them; raises as :meth:`tensors`."""
+        found = self._read().items()
+        return {name.removeprefix(tensors.CAPACITY): x for name, x in found if name.startswith(tensors.CAPACITY)}
+
+    def _read(self) -> dict[str, Tensor]:
+        return tensors.read(self.path / tensors.TENSORS, self.plan, self.capacity)
 
 
 def is_artifact(path: str | os.PathLike[str]) -> bool:
@@ -116,18 +128,22 @@ def _open(root: Path, *, verify: bool, progress: Progress | None) -> Artifact:
     manifest = validate(_read_json(root / MANIFEST), str(root / MANIFEST))
     try:
         plan = CachePlan.from_json(manifest["plan"])
+        capacity = CachePlan.from_json(manifest["capacity"]) if "capacity" in manifest else None
     except InputError as exc:
         raise InputError(f"{root / MANIFEST}: {exc}") from exc
+    if capacity is not None and not plan.shares_pages_with(capacity):
+        raise InputError(f"{root / MANIFEST}: the capacity plan is not for the plan's layers, pages, sinks and window.")
 
     _check_files(root, manifest["files"], sizes)
     if verify:
         _check_hashes(root, manifest["files"], progress)
     _check_weights(root, sizes)
-    if tensors.TENSORS in sizes or tensors.expected_tensors(plan):
-        tensors.check_header(root / tensors.TENSORS, tensors.expected_tensors(plan))
+    expected = tensors.expected_tensors(plan, capacity)
+    if tensors.TENSORS in sizes or expected:
+        tensors.check_header(root / tensors.TENSORS, expected)
     _check_geometry(root / CONFIG, plan)
     report = _read_json(root / REPORT) if REPORT in sizes else {}
-    return Artifact(root, manifest, plan, report)
+    return Artifact(root, manifest, plan, report, capacity)
 
 
 def _walk(root: Path) -> dict[str, int]:

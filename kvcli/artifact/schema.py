@@ -15,7 +15,7 @@ from jsonschema.validators import extend
 
 from kvcli.errors import InputError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "kvcli.json"
 
 _Schema = dict[str, Any]
@@ -99,6 +99,7 @@ SCHEMA: _Schema = {
             "schema_version": {"type": "integer", "enum": list(range(1, SCHEMA_VERSION + 1))},
             "kvcli_version": _NAME,
             "plan": _PLAN,
+            "capacity": _PLAN,
             "context": _integer(1, 10**9),
             "budget": _object({"bits": {"type": "number", "exclusiveMinimum": 0, "maximum": 64}, "nominal": _BOOLEAN}),
             "stages": _array(
@@ -118,7 +119,8 @@ SCHEMA: _Schema = {
             ),
             "tools": _mapping(_NAME, most=1000),
             "files": _mapping(_object({"sha256": _SHA256, "size": _integer(0, 2**63 - 1)}), most=10**5),
-        }
+        },
+        optional=("capacity",),
     ),
 }
 

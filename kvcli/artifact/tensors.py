@@ -1,4 +1,4 @@
-"""What ``kv.safetensors`` holds: the tensors a plan asks for, and nothing else."""
+"""What ``kv.safetensors`` holds: the tensors that the plan, and the capacity plan, ask for, and nothing else."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TENSORS = "kv.safetensors"
+CAPACITY = "capacity."  # what the names of a capacity plan's tensors begin with
 
 Spec = tuple[str, tuple[int, ...]]  # the dtype as safetensors spells it, and the shape
 
 
-def expected_tensors(plan: CachePlan) -> dict[str, Spec]:
-    """Return name, dtype and shape of every tensor the plan needs beside the model's weights."""
-    return plan.model_tensors()
+def expected_tensors(plan: CachePlan, capacity: CachePlan | None = None) -> dict[str, Spec]:
+    """Return name, dtype and shape of every tensor that a plan and its capacity plan need beside the weights."""
+    second = {} if capacity is None else capacity.model_tensors()
+    return plan.model_tensors() | {CAPACITY + name: spec for name, spec in second.items()}
 
 
 def read_header(path: Path) -> dict[str, Spec]:
@@ -60,15 +62,15 @@ def check_header(path: Path, expected: Mapping[str, Spec]) -> None:
             raise InputError(f"{path}: {name} is {_show(found[name])}, and the plan needs {_show(want)}.")
 
 
-def read(path: Path, plan: CachePlan) -> dict[str, Tensor]:
-    """Read the plan's tensors, checked before anything is allocated; a plan without any needs no file.
+def read(path: Path, plan: CachePlan, capacity: CachePlan | None = None) -> dict[str, Tensor]:
+    """Read the tensors of a plan and its capacity plan, checked before anything is allocated; none need no file.
 
     Raises
     ------
     InputError
         As :func:`check_header`, or a tensor holds a value that is not finite.
     """
-    expected = expected_tensors(plan)
+    expected = expected_tensors(plan, capacity)
     if not expected and not path.exists():
         return {}
     check_header(path, expected)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import kvcli
 from kvcli.artifact.reader import INDEX, Artifact, Progress, is_artifact, open_artifact, sha256_of
 from kvcli.artifact.schema import MANIFEST, SCHEMA_VERSION
-from kvcli.artifact.tensors import TENSORS
+from kvcli.artifact.tensors import CAPACITY, TENSORS
 from kvcli.errors import InputError, KvcliError, UsageError
 
 if TYPE_CHECKING:
@@ -170,11 +170,13 @@ class ArtifactWriter:
             self._reserve(entry["size"])
             shutil.copyfile(old, new)
 
-    def write_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write ``kv.safetensors``; :meth:`commit` checks it against the plan."""
+    def write_tensors(self, tensors: Mapping[str, Tensor], capacity: Mapping[str, Tensor] | None = None) -> None:
+        """Write ``kv.safetensors``, the plan's tensors and the capacity plan's; :meth:`commit` checks them."""
         from safetensors.torch import save_file
 
         state = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        # clones: both plans may have the same means, and safetensors refuses two names of one memory
+        state |= {CAPACITY + name: tensor.detach().contiguous().clone() for name, tensor in (capacity or {}).items()}
         (self.path / TENSORS).unlink(missing_ok=True)  # a link: some versions of safetensors write in place
         save_file(state, self.path / TENSORS, metadata={"format": "pt"})
 
@@ -198,7 +200,8 @@ class ArtifactWriter:
         Parameters
         ----------
         manifest
-            ``plan``, ``context``, ``budget``, ``stages``, ``source`` and ``calibration``, see ``docs/artifact.md``.
+            ``plan``, ``context``, ``budget``, ``stages``, ``source`` and ``calibration``, and ``capacity`` where there
+            is a second plan; see ``docs/artifact.md``.
             Versions, tools and files are filled in.
         progress
             Called after each file that was hashed.

@@ -5,13 +5,15 @@ needs fewer bits than one that is not. So every loss that was measured is multip
 predictor leaves (:func:`on_residuals`), which itself depends on the bits, for predictors read reconstructions: fit and
 search take turns. Nothing is measured anew but a few plans at the end. Predictors change no bit of the cache, so that
 a plan within a budget stays within it.
+
+Mode ``capacity`` leaves the plan alone and finds a second one beside it, :mod:`kvcli.calibration.capacity`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -19,11 +21,11 @@ from torch import Tensor
 
 from kvcli.artifact.reader import Artifact
 from kvcli.calibration import aqua_kv
-from kvcli.calibration.aqua_kv import Fitted, Mode, Statistics
+from kvcli.calibration.aqua_kv import Fitted, Statistics
 from kvcli.calibration.corpora import Corpus
 from kvcli.calibration.measuring import check_probe
 from kvcli.calibration.moments import Moments
-from kvcli.calibration.pipeline import Budget, Calibration, curve, summary
+from kvcli.calibration.pipeline import MAX_BITS, Budget, Calibration, curve, summary
 from kvcli.calibration.sensitivity import Sensitivity
 from kvcli.calibration.space import read_recipe
 from kvcli.calibration.stages import Show, silent
@@ -36,23 +38,29 @@ MOMENTS = "calibration/moments.safetensors"
 TOKENS = 32768  # of calibration text by default: a predictor has hundreds of inputs
 ROUNDS = 2  # of fitting and searching in turn; a third changes a bit here and there
 LEADING = 3  # settings whose best plans are measured
+MODES = (*aqua_kv.MODES, "capacity")
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What is predicted from what, and how predictors are stored: see :func:`kvcli.calibration.aqua_kv.design`."""
+    """What is predicted from what, and how predictors are stored: see :func:`kvcli.calibration.aqua_kv.design`.
 
-    mode: Mode = "none"
+    With mode ``capacity`` nothing is predicted in the plan itself, and everything in a second one of ``capacity_bits``
+    effective bits; None for :data:`kvcli.calibration.capacity.BITS`.
+    """
+
+    mode: Literal["none", "absorbed", "always", "capacity"] = "none"
     depth: int = aqua_kv.DEPTH
     back: int = 1
     star: bool = False
     both: bool = True
     bits: int = 16
     rank: int | None = None
+    capacity_bits: float | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in aqua_kv.MODES:
-            raise InputError(f"adapters: mode {self.mode!r} is not one of {', '.join(aqua_kv.MODES)}.")
+        if self.mode not in MODES:
+            raise InputError(f"adapters: mode {self.mode!r} is not one of {', '.join(MODES)}.")
         for name in ("depth", "back", "rank"):
             value = getattr(self, name)
             if not ((type(value) is int and value >= 1) or (name == "rank" and value is None)):
@@ -62,6 +70,9 @@ class AdapterSettings:
                 raise InputError(f"adapters: {name} must be true or false.")
         if self.bits not in (4, 8, 16):
             raise InputError(f"adapters: bits {self.bits} is not one of 4, 8 and 16.")
+        bits = self.capacity_bits
+        if bits is not None and not (type(bits) in (int, float) and 0 < bits <= MAX_BITS):
+            raise InputError(f"adapters: capacity_bits is not between 0 and {MAX_BITS}.")
 
     @classmethod
     def of_recipe(cls, name: str) -> AdapterSettings:
@@ -80,9 +91,17 @@ class AdapterSettings:
             raise InputError(f"adapters has no {unknown[0]!r}; it has {', '.join(known)}.")
         return cls(**section)
 
+    @property
+    def predicts(self) -> bool:
+        """Whether the plan that sequences run on has predictors."""
+        return self.mode in ("absorbed", "always")
+
     def applied(self, plan: CachePlan) -> CachePlan:
         """Return a plan with these predictors."""
-        return replace(plan, layers=tuple(aqua_kv.design(plan.layers, **asdict(self))))
+        if not self.predicts:
+            return plan
+        how = {name: x for name, x in asdict(self).items() if name != "capacity_bits"}
+        return replace(plan, layers=tuple(aqua_kv.design(plan.layers, **how)))
 
 
 def on_residuals(found: Sensitivity, left: Mapping[str, float]) -> Sensitivity:
@@ -146,7 +165,7 @@ def apply(
     found
         Changed in place: plan, tensors, report, and the moments that ``solve`` refits from.
     settings
-        The predictors; with mode ``none`` nothing is done.
+        The predictors; with mode ``none`` nothing is done, ``capacity`` is for :mod:`kvcli.calibration.capacity`.
     fixed
         Leave the plan's formats as they are, because they are a preset's or another search's.
     show
@@ -159,22 +178,10 @@ def apply(
     KvcliError
         If a predictor is not finite.
     """
-    if settings.mode == "none":
+    if not settings.predicts:
         return
     widest = settings.applied(found.plan)
-    source = {"model": loaded.sha256, "dtype": loaded.dtype, "data": corpus.sha256}
-
-    def moments(step: Any) -> dict[str, Tensor]:
-        own = aqua_kv.statistics(loaded, widest, corpus.ids, step)
-        parts = (("train ", own.train), ("held out ", own.held_out))
-        return {prefix + name: x for prefix, part in parts for name, x in part.to_tensors().items()}
-
-    with found.stages as stages:
-        kept = stages.run(
-            "adapters", moments, description="second moments of keys and values", steps=len(corpus.ids),
-            settings={**source, "layers": [str(x.predictor) for x in widest.layers]},
-        )  # fmt: skip
-    own = Statistics(*(Moments.from_tensors(_under(kept, prefix)) for prefix in ("train ", "held out ")))
+    own = statistics(loaded, corpus, found, widest)
     chosen = found.report["verified"][found.report.get("chosen", 0)]
     if fixed:
         tried = [Candidate(widest, aqua_kv.fit(widest, own), chosen["predicted_kl"])]
@@ -186,7 +193,7 @@ def apply(
         plain = probe.cost_of(found.plan)
         for x in tried:
             bar.advance()
-            _check(x.fitted)
+            check(x.fitted)
             measured.append(probe.using({**found.tensors, **x.fitted.tensors}).cost_of(x.plan))
     at = min(range(len(tried)), key=lambda i: measured[i].kl)
     best, cost = tried[at], measured[at]
@@ -206,11 +213,29 @@ def apply(
     found.moments = (own.train + own.held_out).to_tensors()
 
 
+def statistics(loaded: LoadedModel, corpus: Corpus, found: Calibration, widest: CachePlan) -> Statistics:
+    """Collect, as a stage of a calibration, what fitting the predictors of a plan needs."""
+    source = {"model": loaded.sha256, "dtype": loaded.dtype, "data": corpus.sha256}
+
+    def moments(step: Any) -> dict[str, Tensor]:
+        own = aqua_kv.statistics(loaded, widest, corpus.ids, step)
+        parts = (("train ", own.train), ("held out ", own.held_out))
+        return {prefix + name: x for prefix, part in parts for name, x in part.to_tensors().items()}
+
+    with found.stages as stages:
+        kept = stages.run(
+            "adapters", moments, description="second moments of keys and values", steps=len(corpus.ids),
+            settings={**source, "layers": [str(x.predictor) for x in widest.layers]},
+        )  # fmt: skip
+    return Statistics(*(Moments.from_tensors(_under(kept, prefix)) for prefix in ("train ", "held out ")))
+
+
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
-def _check(fitted: Fitted) -> None:
+def check(fitted: Fitted) -> None:
+    """Raise :class:`KvcliError`, naming the tensor, if a predictor is not finite."""
     for name, x in fitted.tensors.items():
         if x.is_floating_point() and not x.isfinite().all():
             raise KvcliError(f"{name} is not finite: the calibration text gives keys or values that are not.")
@@ -242,18 +267,21 @@ def again(artifact: Artifact, plan: CachePlan) -> tuple[CachePlan, dict[str, Ten
         If the artifact has predictors and not, or not whole, the moments they were fitted to.
     """
     settings = settings_of(artifact)
-    if settings.mode == "none":
+    if not settings.predicts:
         return plan, artifact.tensors()
-    stated = artifact.report["adapters"]
+    plan = settings.applied(plan)
+    means = {name: x for name, x in artifact.tensors().items() if name.endswith(".mean")}
+    return plan, {**means, **refitted(artifact, plan)}
+
+
+def refitted(artifact: Artifact, plan: CachePlan) -> dict[str, Tensor]:
+    """Fit a plan's predictors to the moments, and with the ridges, that an artifact has; raises as :func:`again`."""
     path = artifact.path / MOMENTS
     if not path.is_file():
         raise InputError(f"{path} is missing: without it the predictors cannot be refitted.")
     try:
-        ridges = {str(name): float(x) for name, x in stated["ridge"].items()}
+        ridges = {str(name): float(x) for name, x in artifact.report["adapters"]["ridge"].items()}
         moments = Moments.from_tensors(load_file(path))
-        plan = settings.applied(plan)
-        fitted = aqua_kv.fit(plan, Statistics(moments, Moments()), ridges)
+        return aqua_kv.fit(plan, Statistics(moments, Moments()), ridges).tensors
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, InputError) as error:
         raise InputError(f"{artifact.path.name} holds no usable statistics of its predictors: {error}.") from None
-    means = {name: x for name, x in artifact.tensors().items() if name.endswith(".mean")}
-    return plan, {**means, **fitted.tensors}

@@ -84,6 +84,8 @@ class Calibration:
         Finished stages, for the artifact's provenance.
     moments
         What predictors are refitted from, if there are any.
+    capacity
+        The plan by which idle sequences are packed again and its tensors, if there is one.
     """
 
     budget: Budget
@@ -92,6 +94,7 @@ class Calibration:
     report: dict[str, Any]
     stages: Stages = field(repr=False)
     moments: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    capacity: tuple[CachePlan, dict[str, Tensor]] | None = field(default=None, repr=False)
 
 
 def search_space(recipe: str, geometry: list[LayerPlan]) -> SearchSpace:
@@ -263,13 +266,14 @@ def write(loaded: LoadedModel, corpus: Corpus, found: Calibration, out: Path, *,
     with ArtifactWriter(out, overwrite=overwrite) as writer:
         copy_source_files(loaded, writer.path)
         writer.write_weights(state_dict_for_saving(loaded))
-        writer.write_tensors(found.tensors)
+        writer.write_tensors(found.tensors, found.capacity[1] if found.capacity else None)
         writer.write_json("report.json", found.report)
         if found.moments:
             (writer.path / "calibration").mkdir()
             save_file(found.moments, writer.path / "calibration" / "moments.safetensors")
         path = writer.commit({
             "plan": found.plan.to_json(), "context": found.budget.context,
+            **({"capacity": found.capacity[0].to_json()} if found.capacity else {}),
             "budget": {"bits": found.budget.bits, "nominal": found.budget.nominal},
             "stages": found.stages.record,
             "source": {

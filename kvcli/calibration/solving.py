@@ -12,7 +12,7 @@ import torch
 
 from kvcli.artifact.reader import Artifact
 from kvcli.artifact.writer import ArtifactWriter
-from kvcli.calibration import adapting, corpora
+from kvcli.calibration import adapting, capacity, corpora
 from kvcli.calibration.measuring import check_probe
 from kvcli.calibration.objectives import TaskScorer
 from kvcli.calibration.pipeline import Budget, check_budget, curve, summary
@@ -88,7 +88,7 @@ class Solver:
         self.adapters = adapting.settings_of(artifact)
         try:
             self.found = Sensitivity.from_json(artifact.report["sensitivity"])
-            if self.adapters.mode != "none":
+            if self.adapters.predicts:
                 self.found = adapting.on_residuals(self.found, artifact.report["adapters"]["left"])
             self.scale = float(artifact.report["scale"])
             self.nll_per_kl = float(artifact.report.get("nll_per_kl", 1.0))
@@ -209,15 +209,20 @@ class Solver:
             "sha256": manifest["files"]["report.json"]["sha256"],
         }
         plan, tensors = adapting.again(artifact, solved.plan)
+        more: dict[str, Any] = {}
+        idle = None
+        if artifact.capacity is not None:
+            second, idle = capacity.again(artifact, self.found, plan, budget.context)
+            more = {"capacity": second.to_json()}
         with ArtifactWriter(out, overwrite=overwrite) as writer:
             writer.link(artifact, "*")
-            writer.write_tensors(tensors)
+            writer.write_tensors(tensors, idle)
             writer.write_json("report.json", report)
             return writer.commit({
                 "plan": plan.to_json(), "context": budget.context,
                 "budget": {"bits": budget.bits, "nominal": budget.nominal},
                 "stages": [*manifest["stages"], stage],
-                "source": manifest["source"], "calibration": manifest["calibration"],
+                "source": manifest["source"], "calibration": manifest["calibration"], **more,
             })  # fmt: skip
 
 

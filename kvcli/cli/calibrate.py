@@ -84,13 +84,21 @@ def calibrate(
         option("--weight-method", help="How int3, int4 and int8 weights are chosen; gptq reads the calibration text."),
     ] = "precalibrated+gptq",
     adapters: Annotated[
-        Literal["recipe", "none", "absorbed", "always"],
+        Literal["recipe", "none", "absorbed", "always", "capacity"],
         option(
             "--adapters",
             help="Predict values from their keys, or all from the layers before, and store what is left: as the recipe "
-            "says, or so.",
+            "says, or so; capacity does the latter for idle sequences alone.",
         ),
     ] = "recipe",
+    capacity_bits: Annotated[
+        float | None,
+        option(
+            "--capacity-bits",
+            help="Ceiling on effective bits at --context of idle sequences, with --adapters capacity.",
+            show_default="2.5, or the least that can be reached",
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
         option("--dtype", help="Dtype the model computes in; auto is the checkpoint's own, and float32 for .gguf."),
@@ -129,7 +137,16 @@ def calibrate(
         If the budget cannot be met.
     """
     from kvcli.artifact.writer import check_target
-    from kvcli.calibration import adapting, corpora, fixed, pipeline, presets, quantized_weights, transforming
+    from kvcli.calibration import (
+        adapting,
+        capacity,
+        corpora,
+        fixed,
+        pipeline,
+        presets,
+        quantized_weights,
+        transforming,
+    )
     from kvcli.calibration.learn_settings import LearnSettings
     from kvcli.calibration.objectives import TaskObjective, task_name
     from kvcli.calibration.space import load_recipe
@@ -163,6 +180,12 @@ def calibrate(
     predicted = adapting.AdapterSettings() if preset is not None else adapting.AdapterSettings.of_recipe(recipe)
     if adapters != "recipe":
         predicted = replace(predicted, mode=adapters)
+    if capacity_bits is not None:
+        predicted = replace(predicted, capacity_bits=pipeline.Budget(capacity_bits, 1).bits)
+        if predicted.mode != "capacity":
+            raise UsageError("--capacity-bits are for idle sequences: give --adapters capacity too.")
+    if preset is not None and predicted.mode == "capacity":
+        raise UsageError("--adapters capacity is for recipes: of a preset no layer is measured.")
     tokens = tokens or (TOKENS if predicted.mode == "none" else adapting.TOKENS)
     placement = ModelSource(model, dtype, trust_remote_code, None if device_map == "none" else device_map)
     with progress("loading the model"):
@@ -188,6 +211,7 @@ def calibrate(
         budget = pipeline.Budget(bits or 0, context, nominal)
         space = pipeline.search_space(recipe, geometry)
         pipeline.check_budget(space, geometry, budget, loaded.dtype)
+        capacity.check_bits(space, geometry, predicted, context, loaded.dtype)
         formats, settings = {"k": list(space.k), "v": list(space.v)}, len(list(space.settings()))
     length = min(WINDOW, loaded.max_context)
     if dry_run:
@@ -230,6 +254,7 @@ def calibrate(
     # plans of presets and of KVTuner's search were asked for as they are
     fixed_plan = preset is not None or search != "surrogate"
     adapting.apply(loaded, corpus, found, predicted, fixed=fixed_plan, show=progress)
+    capacity.apply(loaded, corpus, found, predicted, show=progress)
     if found.stages.resumed:
         say(f"Resumed: {', '.join(found.stages.resumed)} taken from an earlier run.")
     if about_weights is not None:
@@ -241,10 +266,12 @@ def calibrate(
     with progress("writing the artifact"):
         path = pipeline.write(loaded, corpus, found, out, seed=seed, overwrite=force)
     chosen = found.report["verified"][found.report.get("chosen", 0)]
+    second = found.capacity[0] if found.capacity else None
     if json:
-        emit({"path": str(path), **plan_summary(found.plan, budget.context), "kl": chosen["kl"], "data": corpus.name})
+        summary = plan_summary(found.plan, budget.context, second)
+        emit({"path": str(path), **summary, "kl": chosen["kl"], "data": corpus.name})
         return
-    show_plan(found.plan, budget.context)
+    show_plan(found.plan, budget.context, second)
     print(f"mean KL {chosen['kl']:.4f} on calibration text; measure on your own: kvcli eval {out} --data FILE")
     print(f"written to {out}")
 

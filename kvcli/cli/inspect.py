@@ -25,12 +25,12 @@ def inspect(
     found = open_with_progress(artifact, verify=not no_verify)
     plan, manifest = found.plan, found.manifest
     context = context or manifest["context"]
-    summary = plan_summary(plan, context)
+    summary = plan_summary(plan, context, found.capacity)
     provenance = {x: manifest[x] for x in ("budget", "source", "calibration", "stages", "tools", "kvcli_version")}
     if json:
         emit({**summary, **provenance})
         return
-    show_plan(plan, context)
+    show_plan(plan, context, found.capacity)
     source, data = manifest["source"], manifest["calibration"]
     print(f"model {source['model']} ({source['dtype']}, sha256 {source['sha256'][:12]}…)")
     seed, version = data["seed"], manifest["kvcli_version"]

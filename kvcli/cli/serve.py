@@ -14,7 +14,7 @@ import typer
 from kvcli.cli.console import say
 from kvcli.cli.options import NoVerify, ThreadsOption, TrustRemoteCode, option
 from kvcli.cli.shared import open_with_progress, size
-from kvcli.errors import KvcliError, UsageError
+from kvcli.errors import InputError, KvcliError, UsageError
 
 if TYPE_CHECKING:
     from kvcli.engine import EngineStats
@@ -77,6 +77,19 @@ def serve(
     preemption: Annotated[
         Literal["swap", "recompute"], option("--preemption", help="What a full pool does with sequences put aside.")
     ] = "swap",
+    idle_seconds: Annotated[
+        float | None,
+        option(
+            "--idle-seconds",
+            min=0,
+            help="Pack what the prefix cache has again, in fewer bits, once it is unused for so long; lossy. Needs an "
+            "artifact of --adapters capacity.",
+            show_default="never",
+        ),
+    ] = None,
+    capacity_memory: Annotated[
+        str, option("--capacity-memory", help="Bytes that idle sequences may take, beside --memory.")
+    ] = "4GiB",
     drain_seconds: Annotated[
         float, option("--drain-seconds", min=0, help="How long a signal to stop lets answers finish.")
     ] = 30.0,
@@ -108,6 +121,11 @@ def serve(
     logs.set_up(as_json=json_logs)
     body_bytes = parse_size(max_body)
     cache_bytes = parse_size(memory) if memory else 0
+    capacity_bytes = parse_size(capacity_memory)
+    if idle_seconds is not None and deterministic:
+        raise UsageError("--idle-seconds loses a little of what was idle, so it cannot be --deterministic.")
+    if idle_seconds is not None and not prefix_caching:
+        raise UsageError("--idle-seconds is for what the prefix cache has: leave out --no-prefix-caching.")
     taken = process.bind(host, port)
     local = process.is_loopback(taken)
     if not (local or api_key or insecure):
@@ -119,17 +137,21 @@ def serve(
     from kvcli.server.served import ServedModel, Settings
 
     opened = open_with_progress(artifact, verify=not no_verify)
+    if idle_seconds is not None and opened.capacity is None:
+        raise InputError(f"{artifact} has no plan for --idle-seconds: calibrate it with --adapters capacity.")
     loaded = load(str(artifact), dtype=opened.plan.dtype, trust_remote_code=trust_remote_code)
 
     model = ServedModel.of(model_name or opened.manifest["source"]["model"], loaded)
+    idle = opened.capacity if idle_seconds is not None else None
     engine = AsyncEngine(
         PackedModel(loaded, opened.plan, opened.tensors()),
         EngineConfig(
             memory=cache_bytes or _half_of_what_is_free(), max_num_seqs=max_num_seqs, max_queue=queue,
             max_context=max_context or None, deterministic=deterministic, weights=weights,
             activations=8 if activations == "8" else 16, threads=threads, prefix_caching=prefix_caching,
-            preemption=preemption,
+            preemption=preemption, idle_seconds=idle_seconds, capacity_bytes=capacity_bytes,
         ),
+        PackedModel(loaded, idle, opened.capacity_tensors()) if idle is not None else None,
     )  # fmt: skip
     stats = engine.stats()
     only_here = local and not (api_key or insecure)
@@ -140,7 +162,7 @@ def serve(
     )  # fmt: skip
     app = create_app(engine, model, settings)
     where = process.url(host, taken.getsockname()[1])
-    _announce(model.name, opened.plan, stats, where, bool(api_key), json_logs)
+    _announce(model.name, opened.plan, stats, where, bool(api_key), json_logs, idle)
     ended = process.run(app, engine, taken, drain_seconds=drain_seconds)
     if ended == signal.SIGINT:
         interrupted = KvcliError("Interrupted; running answers were finished or cut off.")
@@ -154,25 +176,31 @@ def _half_of_what_is_free() -> int:
     return int(psutil.virtual_memory().available // 2)
 
 
-def _announce(name: str, plan: CachePlan, stats: EngineStats, where: str, key: bool, json_logs: bool) -> None:
+def _announce(
+    name: str, plan: CachePlan, stats: EngineStats, where: str, key: bool, json_logs: bool, idle: CachePlan | None
+) -> None:
     """Say what is served, how much fits, and how to try it."""
     facts: dict[str, Any] = {
         "model": name, "effective_bits": round(stats.effective_bits, 3), "nominal_bits": round(plan.nominal_bits, 3),
         "max_context": stats.max_context, "cache_bytes": stats.cache_bytes, "pool_tokens": stats.pool_tokens,
         "full_sequences": stats.full_sequences, "url": where,
     }  # fmt: skip
+    if idle is not None:
+        facts["idle_effective_bits"] = round(idle.effective_bits(stats.max_context), 3)
     if json_logs:
         logging.getLogger("kvcli.server").info("serving", extra={"facts": facts})
         return
     bits = f"{stats.effective_bits:.3f} effective bits at {stats.max_context} tokens, nominal {plan.nominal_bits:.3f}"
     exact = plan.as_exact().effective_bits(stats.max_context)
     fit = f"{stats.pool_tokens} tokens, {stats.full_sequences} sequences of {stats.max_context}"
+    second = [] if idle is None else [f"idle     {facts['idle_effective_bits']} effective bits, beside --memory; lossy"]
     authorization = ' -H "Authorization: Bearer $KVCLI_API_KEY"' if key else ""
     for line in (
         f"model    {name}",
         f"plan     {bits} (16-bit cache {exact:.1f}); page {plan.block_size} tokens, {plan.sink_tokens} exact sinks,"
         f" {plan.residual_window} exact recent tokens",
         f"cache    {size(stats.cache_bytes)}: {fit}",
+        *second,
         f"url      {where}",
         f"try      curl {where}/v1/completions{authorization} -H 'Content-Type: application/json'"
         ' -d \'{"prompt": "Once upon a time", "max_tokens": 32}\'',

@@ -38,9 +38,13 @@ def load_artifact(path: Path, *, verify: bool, trust_remote_code: bool = False) 
     return PackedModel(loaded, artifact.plan, artifact.tensors())
 
 
-def plan_summary(plan: CachePlan, context: int) -> dict[str, Any]:
-    """Return the JSON keys that scripts rely on: bits, bytes at several contexts, and every layer's formats."""
+def plan_summary(plan: CachePlan, context: int, capacity: CachePlan | None = None) -> dict[str, Any]:
+    """Return the JSON keys that scripts rely on: bits, bytes at several contexts, and every layer's formats.
+
+    The same of a capacity plan, where there is one, under ``capacity``.
+    """
     contexts = sorted({1024, 2048, 4096, 8192, 32768, 131072, context})
+    second = {} if capacity is None else {"capacity": plan_summary(capacity, context)}
     return {
         "effective_bits": plan.effective_bits(context),
         "effective_bits_with_model": plan.effective_bits_with_model(context),
@@ -54,6 +58,7 @@ def plan_summary(plan: CachePlan, context: int) -> dict[str, Any]:
         "residual_window": plan.residual_window,
         "dtype": plan.dtype,
         "layers": [x.to_json() for x in plan.layers],
+        **second,
     }
 
 
@@ -66,11 +71,17 @@ def size(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-def show_plan(plan: CachePlan, context: int) -> None:
-    """Print a plan's summary for a person on stdout."""
+def show_plan(plan: CachePlan, context: int, capacity: CachePlan | None = None) -> None:
+    """Print the summary of a plan, and of its capacity plan, for a person on stdout."""
     exact, bits = plan.as_exact().bytes_at(context), plan.effective_bits(context)
     mine = plan.bytes_at(context)
     print(f"effective bits {bits:.3f} at {context} tokens (nominal {plan.nominal_bits:.3f})")
     print(f"cache {size(mine)} at {context} tokens, {exact / mine:.2f} times smaller than {size(exact)} in 16 bits")
     print(f"page {plan.block_size} tokens, {plan.sink_tokens} exact sinks, {plan.residual_window} exact recent tokens")
     print(f"per model {size(plan.model_bytes())}")
+    if capacity is not None:
+        second, whole = capacity.effective_bits(context), capacity.effective_bits_with_model(context)
+        print(
+            f"idle sequences {second:.3f} effective bits at {context} tokens, {size(capacity.bytes_at(context))};"
+            f" {whole:.3f} with predictors, per model {size(capacity.model_bytes())}"
+        )

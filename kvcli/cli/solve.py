@@ -66,6 +66,7 @@ def solve(
     BudgetError
         If the budget, or the loss, cannot be met.
     """
+    from kvcli.artifact.reader import open_artifact
     from kvcli.artifact.writer import check_target
     from kvcli.calibration import objectives, pipeline, solving
 
@@ -98,10 +99,11 @@ def solve(
         found = solving.find(solver, budget, max_kl, context, probe, nominal=nominal, objective=judge, step=bar.advance)
     spent = found.plan.nominal_bits if nominal else found.plan.effective_bits(context)
     path = solver.write(found, budget or pipeline.Budget(spent, context, nominal), out, overwrite=force)
+    second = open_artifact(path, verify=False).capacity
     if json:
-        emit({"path": str(path), **plan_summary(found.plan, context), **found.to_json()})
+        emit({"path": str(path), **plan_summary(found.plan, context, second), **found.to_json()})
         return
-    show_plan(found.plan, context)
+    show_plan(found.plan, context, second)
     print(f"predicted mean KL {found.predicted_kl:.4f}, perplexity {found.predicted_ppl_pct:+.2f} %")
     if found.measured is None:
         print(f"measure it: kvcli eval {out} --data FILE")

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from kvcli.engine.config import EngineConfig, EngineStats
 from kvcli.engine.engine import Engine, Failure
@@ -75,6 +75,8 @@ class AsyncEngine:
         The model and its plan; with int4 weights it loses its own.
     config
         Settings.
+    capacity
+        The same model with the plan by which idle sequences are packed again; needed for ``config.idle_seconds``.
 
     Attributes
     ----------
@@ -86,14 +88,14 @@ class AsyncEngine:
     BudgetError
         If ``config.memory`` does not hold one short sequence; the message names the least.
     InputError
-        For a model that the native runtime does not compute.
+        For a model that the native runtime does not compute, or without a capacity plan that the settings ask for.
     NativeError
         If there are no kernels.
     """
 
-    def __init__(self, model: PackedModel, config: EngineConfig) -> None:
+    def __init__(self, model: PackedModel, config: EngineConfig, capacity: PackedModel | None = None) -> None:
         self.model, self.config = model, config
-        self._engine = Engine(model, config)
+        self._engine = Engine(model, config, capacity)
         self.failed: BaseException | None = None
         self._stats = self._engine.stats()
         self._inbox: SimpleQueue[Request | str | None] = SimpleQueue()  # a request, one to abort, or the end
@@ -208,7 +210,13 @@ class AsyncEngine:
     def _take_orders(self) -> bool:
         """Take in what was asked since the last step, or wait for something; whether to go on."""
         while self._engine.is_idle or not self._inbox.empty():
-            if (order := self._inbox.get()) is None:
+            try:
+                order = self._inbox.get(timeout=self._engine.blocks.due_in())
+            except Empty:  # nobody wants anything, and something has been idle for long
+                self._engine.demote()
+                self._stats = self._engine.stats()
+                continue
+            if order is None:
                 return False
             if isinstance(order, Request):
                 try:

@@ -10,7 +10,10 @@ the block's name: where a prompt ended, where a sequence ended, and where a prom
 one. A hit is a kept slot whose complete pages are all there. (Caches of recurrent states have the same problem: Pan et
 al., "Marconi: Prefix Caching for the Era of Hybrid LLMs", 2024, keep states at the same places.)
 
-Nothing here touches memory: what must be copied is asked of :class:`Storage`.
+With a :class:`~kvcli.engine.tier.Tier`, pages and slots that nobody has used for long leave the pool for it, and come
+back under their names when a sequence begins with them.
+
+Nothing here touches memory: what must be copied is asked of :class:`~kvcli.engine.tables.Storage`.
 """
 
 from __future__ import annotations
@@ -18,57 +21,13 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Protocol
+from itertools import islice, takewhile
+from typing import Any
 
 from kvcli.engine.geometry import Geometry
-
-
-class Storage(Protocol):
-    """What moves bytes; :class:`kvcli.engine.pool.PoolCache` in earnest."""
-
-    def copy_slot(self, source: int, target: int) -> None:
-        """Copy a slot's sinks and tail."""
-
-    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copy pages in every layer."""
-
-    def save(self, slot: int, pages: Sequence[int]) -> Any:
-        """Copy a slot and pages out of the pool; what is returned has ``nbytes``."""
-
-    def load(self, saved: Any, slot: int, places: Sequence[tuple[int, int]]) -> None:
-        """Copy a slot back, and of the saved pages those at the given places to the given pages."""
-
-
-@dataclass
-class Table:
-    """What one sequence holds.
-
-    Attributes
-    ----------
-    slot
-        Its row of sinks and tails.
-    pages
-        The pages of its blocks, in order.
-    names
-        Hashes of its full blocks, each with all before it.
-    settled
-        Blocks that were complete when last looked at: shared, or entered into the cache.
-    """
-
-    slot: int
-    pages: list[int] = field(default_factory=list)
-    names: list[bytes] = field(default_factory=list)
-    settled: int = 0
-
-
-@dataclass
-class Kept:
-    """A slot of the prefix cache, and pages that no name leads to yet because some layer would still write to them."""
-
-    slot: int
-    pages: list[int]
+from kvcli.engine.tables import Kept, Storage, Table
+from kvcli.engine.tier import Place, Tier
 
 
 class BlockManager:
@@ -84,19 +43,23 @@ class BlockManager:
         What copies them.
     prefix_caching
         Whether anything outlives its sequence.
+    tier
+        Where what is unused for long goes, if anywhere.
     """
 
     def __init__(
-        self, geometry: Geometry, *, num_pages: int, num_slots: int, storage: Storage, prefix_caching: bool = True
-    ) -> None:
+        self, geometry: Geometry, *, num_pages: int, num_slots: int, storage: Storage, prefix_caching: bool = True,
+        tier: Tier | None = None,
+    ) -> None:  # fmt: skip
         self.geometry, self.num_pages, self.num_slots, self.storage = geometry, num_pages, num_slots, storage
-        self.prefix_caching = prefix_caching
+        self.prefix_caching, self.tier = prefix_caching, tier
         self._free_pages = list(reversed(range(num_pages)))
         self._free_slots = list(reversed(range(num_slots)))
         self._references = [0] * num_pages
         self._names: dict[int, bytes] = {}
         self._pages: dict[bytes, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # named, unused; the longest unused first
+        self._blocks: dict[int, int] = {}  # of named pages
+        self._idle: OrderedDict[int, float] = OrderedDict()  # named, unused since; the longest unused first
         self._kept: OrderedDict[bytes, Kept] = OrderedDict()  # the longest unused first
 
     # --- counting -----------------------------------------------------------------------------------------------
@@ -148,41 +111,48 @@ class BlockManager:
         blocks = limit // size if self.prefix_caching else 0
         self._extend_names(table, tokens, blocks)
         known = 0
-        while known < blocks and table.names[known] in self._pages:
+        while known < blocks and self._knows(table.names[known]):
             known += 1
-        found, kept = 0, None
+        found, kept, aside = 0, None, None
         for block in range(blocks, 0, -1):
             if geometry.complete(block * size) > known:
                 continue
             kept = self._kept.get(table.names[block - 1])
-            if kept or geometry.resumes_from_pages:
+            aside = self.tier.slot(table.names[block - 1]) if self.tier and not kept else None
+            if kept or aside or geometry.resumes_from_pages:
                 found = block
                 break
-        table.pages = [self._pages[name] for name in table.names[: geometry.complete(found * size)]]
-        table.settled = len(table.pages)
+        complete = geometry.complete(found * size)
+        here = [self._pages.get(name) for name in table.names[:complete]]
+        table.pages = [page for page in here if page is not None]
         for page in table.pages:
             self._refer(page)
         if kept:
-            self._kept.move_to_end(table.names[found - 1])
-        own = kept.pages if kept else []
+            self._use(table.names[found - 1])
+        own = geometry.needed(found * size) - complete if kept or aside else 0
         slot = self._take_slot(sparing=kept)
-        if slot is None or not self._take_pages(table, len(own), sparing=kept):
+        if slot is None or not self._take_pages(table, complete - len(table.pages) + own, sparing=kept):
             if slot is not None:
                 self._free_slots.append(slot)
             self._release(table)
             return self.open(tokens, 0) if kept else None  # what was spared may be all there is
-        table.slot = slot
+        table.slot, table.settled = slot, complete
+        self._promote(table, here)
+        rest = table.pages[complete:]
         if kept:
             self.storage.copy_slot(kept.slot, slot)
-            if own:
-                self.storage.copy_pages(own, table.pages[table.settled :])
+            if rest:
+                self.storage.copy_pages(kept.pages, rest)
+        elif aside:
+            self.storage.load(aside, slot, list(enumerate(rest)))
+            self.tier.keep_slot(table.names[found - 1])  # type: ignore[union-attr]
         return table, found * size, known * size
 
     def reopen(self, tokens: Sequence[int], held: int, saved: Any) -> Table | None:
         """Bring back a sequence of which ``held`` tokens were saved, or return None if there is no room."""
-        table = Table(-1)
+        table = Table(-1, apart=self.tier is not None)
         complete = self.geometry.complete(held)
-        if self.prefix_caching:
+        if self.prefix_caching and not table.apart:
             self._extend_names(table, tokens, complete)
             for name in table.names:  # only up to the first that is gone: pages are taken in order
                 if name not in self._pages:
@@ -231,15 +201,15 @@ class BlockManager:
         """
         changed: list[int] = []
         complete = self.geometry.complete(held)
-        if not self.prefix_caching:
+        if table.apart or not self.prefix_caching:
             table.settled = complete
             return changed
         self._extend_names(table, tokens, complete)
         for block in range(table.settled, complete):
             name, page = table.names[block], table.pages[block]
-            other = self._pages.setdefault(name, page)
+            other = self._pages.get(name, page)
             if other == page:
-                self._names[page] = name
+                self._name(page, name, block)
             else:
                 self._refer(other)
                 self._drop(page)
@@ -255,7 +225,7 @@ class BlockManager:
             return False
         name = table.names[block - 1]
         if name in self._kept:
-            self._kept.move_to_end(name)
+            self._use(name)
             return True
         slot = self._take_slot()
         if slot is None:
@@ -280,6 +250,47 @@ class BlockManager:
             self._drop_kept()
         while self._idle:
             self._free_pages.append(self._evict())
+        if self.tier:
+            self.tier.clear()
+
+    # --- the tier -----------------------------------------------------------------------------------------------
+
+    def demote(self, most: int) -> None:
+        """Move what nobody has used for long to the tier, if there is one: at most so many pages."""
+        if self.tier is None:
+            return
+        since = self.tier.clock() - self.tier.idle_seconds
+        pages = list(takewhile(lambda page: self._idle[page] <= since, islice(self._idle, most)))
+        self.tier.demote([Place(self._names[page], self._blocks[page], page) for page in pages])
+        for page in pages:
+            del self._idle[page]
+            self._unname(page)
+            self._free_pages.append(page)
+        for name, kept in list(self._kept.items()):
+            if kept.used > since:
+                break
+            self.tier.keep_slot(name, self.storage.save(kept.slot, kept.pages))
+            self._give_up(name)
+
+    def due_in(self) -> float | None:
+        """Seconds until something is due for the tier; None if nothing will be as things are."""
+        oldest = [*islice(self._idle.values(), 1), *(x.used for x in islice(self._kept.values(), 1))]
+        if self.tier is None or not oldest:
+            return None
+        return max(0.0, min(oldest) + self.tier.idle_seconds - self.tier.clock())
+
+    def _promote(self, table: Table, here: list[int | None]) -> None:
+        """Bring back blocks that are not ``here``, into the pages that were taken for them, and order all pages."""
+        if self.tier is None or None not in here:
+            return
+        shared = len(here) - here.count(None)
+        taken = iter(table.pages[shared : len(here)])
+        pages = [next(taken) if page is None else page for page in here]
+        places = [Place(table.names[i], i, pages[i]) for i, page in enumerate(here) if page is None]
+        self.tier.promote(places)
+        for x in places:
+            self._name(x.page, x.name, x.block)
+        table.pages[: len(here)] = pages
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -296,7 +307,7 @@ class BlockManager:
         pages = table.pages[self.geometry.complete(end) : self.geometry.needed(end)]
         for page in pages:
             self._refer(page)
-        self._kept[name] = Kept(slot, pages)
+        self._kept[name] = Kept(slot, pages, self._now())
 
     def _extend_names(self, table: Table, tokens: Sequence[int], blocks: int) -> None:
         size, names = self.geometry.block_size, table.names
@@ -304,6 +315,23 @@ class BlockManager:
             parent = names[-1] if names else b""
             content = array("q", tokens[block * size : (block + 1) * size]).tobytes()
             names.append(blake2b(parent + content, digest_size=16).digest())
+
+    def _now(self) -> float:
+        return self.tier.clock() if self.tier else 0.0
+
+    def _knows(self, name: bytes) -> bool:
+        return name in self._pages or (self.tier is not None and name in self.tier)
+
+    def _name(self, page: int, name: bytes, block: int) -> None:
+        self._pages[name], self._names[page], self._blocks[page] = page, name, block
+
+    def _unname(self, page: int) -> None:
+        del self._pages[self._names.pop(page)], self._blocks[page]
+
+    def _use(self, name: bytes) -> None:
+        """Count a kept slot as used just now."""
+        self._kept.move_to_end(name)
+        self._kept[name].used = self._now()
 
     def _refer(self, page: int) -> None:
         self._idle.pop(page, None)
@@ -313,7 +341,7 @@ class BlockManager:
         self._references[page] -= 1
         if not self._references[page]:
             if page in self._names:
-                self._idle[page] = None
+                self._idle[page] = self._now()
             else:
                 self._free_pages.append(page)
 
@@ -324,7 +352,7 @@ class BlockManager:
 
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)
-        del self._pages[self._names.pop(page)]
+        self._unname(page)
         return page
 
     def _take_pages(self, table: Table, count: int, sparing: Kept | None = None) -> bool:
@@ -349,9 +377,12 @@ class BlockManager:
         """Give up the kept slot that was unused for longest."""
         for name, kept in self._kept.items():
             if kept is not sparing and (kept.pages or not with_pages):
-                del self._kept[name]
-                self._free_slots.append(kept.slot)
-                for page in kept.pages:
-                    self._drop(page)
+                self._give_up(name)
                 return True
         return False
+
+    def _give_up(self, name: bytes) -> None:
+        kept = self._kept.pop(name)
+        self._free_slots.append(kept.slot)
+        for page in kept.pages:
+            self._drop(page)

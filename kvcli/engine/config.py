@@ -41,6 +41,11 @@ class EngineConfig:
         pool and back, unchanged; ``recompute`` drops them and prefills again.
     swap_bytes
         The most that ``swap`` holds; beyond it sequences are recomputed.
+    idle_seconds
+        After so long unused, what the prefix cache has is packed again by the capacity plan, outside the pool, and
+        expanded when a prompt begins with it: lossy. None for never.
+    capacity_bytes
+        The most that is held so.
     """
 
     memory: int
@@ -55,6 +60,8 @@ class EngineConfig:
     prefix_caching: bool = True
     preemption: Preemption = "swap"
     swap_bytes: int = 4 << 30
+    idle_seconds: float | None = None
+    capacity_bytes: int = 4 << 30
 
     def __post_init__(self) -> None:
         for name in ("memory", "max_num_seqs", "max_queue", "chunk"):
@@ -64,6 +71,13 @@ class EngineConfig:
             raise UsageError(f"a context of {self.max_context} tokens has no room for an answer.")
         if self.preemption not in ("swap", "recompute"):
             raise UsageError(f"preemption {self.preemption!r} is neither 'swap' nor 'recompute'.")
+        if self.idle_seconds is not None:
+            if not 0 <= self.idle_seconds < float("inf"):
+                raise UsageError(f"idle_seconds is {self.idle_seconds}; it must be a number of at least 0.")
+            if self.deterministic:
+                raise UsageError("packing idle sequences again loses a little, so it cannot be deterministic.")
+            if not self.prefix_caching:
+                raise UsageError("what is idle lies in the prefix cache: packing it again needs prefix caching.")
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,10 @@ class EngineStats:
         Allocated for the cache: at most ``memory``.
     effective_bits
         The plan's, at ``max_context``.
+    capacity_bytes
+        Held outside the pool for what is idle, packed again.
+    demotions, promotions
+        Pages that were packed again so far, and those that were expanded since.
     """
 
     queued: int
@@ -119,3 +137,6 @@ class EngineStats:
     full_sequences: int
     cache_bytes: int
     effective_bits: float
+    capacity_bytes: int = 0
+    demotions: int = 0
+    promotions: int = 0

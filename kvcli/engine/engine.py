@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcli.engine.blocks import BlockManager
+from kvcli.engine.capacity import Repacker
 from kvcli.engine.config import EngineConfig, EngineStats
 from kvcli.engine.geometry import Geometry
 from kvcli.engine.request import FinishReason, Output, Request, TokenLogprob, Usage
@@ -17,8 +18,11 @@ from kvcli.engine.runner import EngineRunner
 from kvcli.engine.sampler import Sampled, SamplerState, sample, scored
 from kvcli.engine.scheduler import Scheduler, Sequence
 from kvcli.engine.text import Detokenizer, StopStrings, TokenText
-from kvcli.errors import KvcliError, UsageError
+from kvcli.engine.tier import Tier
+from kvcli.errors import InputError, KvcliError, UsageError
 from kvcli.runtime.packed_model import PackedModel
+
+DEMOTED = 256  # tokens that are packed again beside a step, at most: a fraction of a step's prefill
 
 
 @dataclass(eq=False, kw_only=True)
@@ -69,26 +73,34 @@ class Engine:
         The model and its plan; with int4 weights it loses its own.
     config
         Settings.
+    capacity
+        The same model with the plan by which idle sequences are packed again; needed for ``config.idle_seconds``.
 
     Raises
     ------
     BudgetError
         If ``config.memory`` does not hold one short sequence; the message names the least.
     InputError
-        For a model that the native runtime does not compute.
+        For a model that the native runtime does not compute, or without a capacity plan that the settings ask for.
     NativeError
         If there are no kernels.
     """
 
-    def __init__(self, model: PackedModel, config: EngineConfig) -> None:
+    def __init__(self, model: PackedModel, config: EngineConfig, capacity: PackedModel | None = None) -> None:
         self.model, self.config = model, config
+        if config.idle_seconds is not None and capacity is None:
+            raise InputError("there is no plan to pack idle sequences by; calibrate with --adapters capacity.")
         self.runner = EngineRunner(model, config)
         size = self.runner.size
+        self.tier: Tier | None = None
+        if config.idle_seconds is not None and capacity is not None:
+            packer = Repacker(self.runner.cache, capacity.plan, capacity.tensors, rope=model.loaded.rope)
+            self.tier = Tier(packer, idle_seconds=config.idle_seconds, max_bytes=config.capacity_bytes)
         self.max_context, self.num_seqs = size.max_context, size.num_seqs
         self.vocabulary = self.runner.weights.head.shape[0]
         self.blocks = BlockManager(
             Geometry.of(model.plan), num_pages=size.num_pages, num_slots=size.num_slots, storage=self.runner.cache,
-            prefix_caching=config.prefix_caching,
+            prefix_caching=config.prefix_caching, tier=self.tier,
         )  # fmt: skip
         self.scheduler = Scheduler(
             self.blocks, max_num_seqs=size.num_seqs, chunk=self.runner.chunk, preemption=config.preemption,
@@ -163,6 +175,7 @@ class Engine:
         KvcliError
             If the engine itself is broken; what goes wrong with one choice is a :class:`Failure` of that one.
         """
+        self.demote()
         step, cache = self.scheduler.schedule(), self.runner.cache
         if not (step.decode or step.prefill) and self.scheduler.waiting and not self.scheduler.running:
             raise KvcliError("the engine cannot place a sequence that it has accepted.")
@@ -195,9 +208,13 @@ class Engine:
                 found.append(logits[-1:])
         return failed + (self._sample(ready, found[0] if len(found) == 1 else torch.cat(found)) if ready else [])
 
+    def demote(self) -> None:
+        """Pack again what has been idle for long, a bounded part of it; every step does so by itself."""
+        self.blocks.demote(max(1, DEMOTED // self.model.plan.block_size))
+
     def stats(self) -> EngineStats:
         """Return what the engine is doing."""
-        blocks, scheduler, plan = self.blocks, self.scheduler, self.model.plan
+        blocks, scheduler, plan, tier = self.blocks, self.scheduler, self.model.plan, self.tier
         pages = max(1, blocks.geometry.needed(self.max_context))
         full = min(self.num_seqs, blocks.num_pages // pages)
         return EngineStats(
@@ -208,6 +225,9 @@ class Engine:
             tokens_out=self._tokens_out, requests_finished=self._finished, requests_aborted=self._aborted,
             max_context=self.max_context, pool_tokens=blocks.num_pages * self.max_context // pages,
             full_sequences=full, cache_bytes=self.runner.cache.nbytes, effective_bits=self._effective_bits,
+            **({} if tier is None else {
+                "capacity_bytes": tier.nbytes, "demotions": tier.demotions, "promotions": tier.promotions,
+            }),
         )  # fmt: skip
 
     # --- inside -------------------------------------------------------------------------------------------------

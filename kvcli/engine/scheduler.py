@@ -11,8 +11,9 @@ from bisect import insort
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvcli.engine.blocks import BlockManager, Table
+from kvcli.engine.blocks import BlockManager
 from kvcli.engine.config import Preemption
+from kvcli.engine.tables import Table
 
 
 @dataclass(eq=False)

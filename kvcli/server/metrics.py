@@ -24,6 +24,7 @@ GAUGES = {
     "page_tokens": ("page_tokens", "Tokens of a page."),
     "cache_bytes": ("cache_bytes", "Bytes allocated for the cache."),
     "swapped_bytes": ("swapped_bytes", "Bytes of sequences put aside, outside the pool."),
+    "capacity_bytes": ("capacity_bytes", "Bytes of what is idle, packed again outside the pool."),
     "effective_bits": ("effective_bits", "Bits of a cached scalar at the longest context, everything counted."),
     "context_tokens": ("max_context", "Tokens of the longest sequence."),
 }
@@ -33,6 +34,8 @@ COUNTERS = {
     "prefix_query_tokens": ("prefix_query_tokens", "Prompt tokens looked up in the prefix cache."),
     "prefix_hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
     "preemptions": ("preemptions", "Sequences put aside because pages ran out."),
+    "demotions": ("demotions", "Idle pages packed again."),
+    "promotions": ("promotions", "Pages packed again that were expanded."),
     "choices_finished": ("requests_finished", "Choices that came to their end."),
     "choices_aborted": ("requests_aborted", "Choices that were cut off."),
 }

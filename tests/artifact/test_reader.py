@@ -138,9 +138,9 @@ def test_an_absurdly_large_manifest_is_not_parsed(artifact: Path) -> None:
 
 
 def test_newer_schema(artifact: Path) -> None:
-    edit(artifact, lambda obj: obj.update(schema_version=3))
+    edit(artifact, lambda obj: obj.update(schema_version=4))
     where = artifact / "kvcli.json"
-    assert refusal(artifact) == f"{where} was written by a newer kvcli (schema 3; this one reads 2)."
+    assert refusal(artifact) == f"{where} was written by a newer kvcli (schema 4; this one reads 3)."
 
 
 @pytest.mark.parametrize("size", [-1, 4097, 10**30, "8", 8.0, None])

@@ -90,8 +90,8 @@ def test_the_schema_names_every_field_of_a_plan() -> None:
 
 def test_a_newer_schema_is_named(stored: dict[str, Any]) -> None:
     with pytest.raises(InputError) as caught:
-        validate({**stored, "schema_version": 3, "novelty": True}, "A/kvcli.json")
-    assert str(caught.value) == "A/kvcli.json was written by a newer kvcli (schema 3; this one reads 2)."
+        validate({**stored, "schema_version": 4, "novelty": True}, "A/kvcli.json")
+    assert str(caught.value) == "A/kvcli.json was written by a newer kvcli (schema 4; this one reads 3)."
 
 
 @pytest.mark.parametrize("version", [0, -1, "1", 1.0, True, None])

@@ -10,6 +10,7 @@ import pytest
 
 from kvcli.engine.blocks import BlockManager, Table
 from kvcli.engine.geometry import Geometry
+from kvcli.engine.tier import Tier
 
 GEOMETRIES = {
     "portable": Geometry(4, at_once=True, late=False),
@@ -70,6 +71,15 @@ class Ledger:
         for at, page in places:
             self.pages[page] = dict(saved.pages[at])
 
+    def demote(self, first: int, pages: Sequence[int]) -> list[Copy]:
+        return [Copy(first + i, [dict(self.pages[x])], 3) for i, x in enumerate(pages)]
+
+    def promote(self, first: int, packed: Sequence[Copy], pages: Sequence[int]) -> None:
+        assert [x.slot for x in packed] == list(range(first, first + len(pages)))
+        assert len(set(pages)) == len(pages)
+        for copy, page in zip(packed, pages, strict=True):
+            self.pages[page] = dict(copy.pages[0])
+
     def feed(self, table: Table, tokens: Sequence[int], held: int) -> None:
         """Append token ``held``, and read all that its query sees."""
         g, slot, n = self.geometry, self.slots[table.slot], held + 1
@@ -121,6 +131,11 @@ def check(blocks: BlockManager, tables: Sequence[Table]) -> None:
     assert len(free) + len(idle) + len(used) == blocks.num_pages
     assert {v: k for k, v in blocks._names.items()} == blocks._pages
     assert idle <= set(blocks._names)
+    assert blocks._names.keys() == blocks._blocks.keys()
+    for order in (list(blocks._idle.values()), [x.used for x in blocks._kept.values()]):
+        assert order == sorted(order)
+    if blocks.tier:
+        assert blocks.tier.nbytes == sum(x.nbytes for x in blocks.tier._held.values()) <= blocks.tier._max_bytes
     slots = [*blocks._free_slots, *(x.slot for x in tables), *(x.slot for x in blocks._kept.values())]
     assert sorted(slots) == list(range(blocks.num_slots))
     assert blocks.used + blocks.available == blocks.num_pages
@@ -131,9 +146,12 @@ def check(blocks: BlockManager, tables: Sequence[Table]) -> None:
 def pool() -> Callable[..., tuple[Ledger, BlockManager]]:
     """Make a ledger and its manager by geometry, pages and slots."""
 
-    def make(geometry: Geometry, pages: int, slots: int, **settings: Any) -> tuple[Ledger, BlockManager]:
+    def make(
+        geometry: Geometry, pages: int, slots: int, tier: dict[str, Any] | None = None, **settings: Any
+    ) -> tuple[Ledger, BlockManager]:
         ledger = Ledger(geometry, pages, slots)
-        return ledger, BlockManager(geometry, num_pages=pages, num_slots=slots, storage=ledger, **settings)
+        held = None if tier is None else Tier(ledger, **tier)
+        return ledger, BlockManager(geometry, num_pages=pages, num_slots=slots, storage=ledger, tier=held, **settings)
 
     return make
 

@@ -139,6 +139,31 @@ def test_the_adapters_script_holds_the_three_against_each_other(tinystories, nat
     assert found["always"]["buffer_bytes"] > found["none"]["buffer_bytes"]
 
 
+@pytest.mark.slow
+def test_the_capacity_script_resumes_what_it_put_aside(tinystories, native, tmp_path):
+    out, artifact = tmp_path / "capacity.json", tmp_path / "A"
+    recipe = tmp_path / "small.yaml"
+    fmt = "[{bits: [2, 4, 8], group: 16, scale_dtype: e5m3}]"
+    recipe.write_text(f"search: {{k: {fmt}, v: {fmt}, residual_windows: [16]}}")
+    words = ("calibrate", tinystories, "--bits", 5, "--context", 512, "--tokens", 1024, "--recipe", recipe)
+    made = subprocess.run(
+        [sys.executable, "-m", "kvcli", *map(str, words), "--adapters", "capacity", "-o", str(artifact)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    done = script(
+        "capacity.py", "--artifact", artifact, "--lengths", "100,9999", "--tokens", 20, "--limit", 1, "--rounds", 1,
+        "--threads", 1, "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["results"]
+    assert [x["tokens"] for x in found] == [100, 492]  # cut to what the model takes
+    for x in found:
+        assert 0 < x["kl"]["mean"] < 0.5
+        assert x["bytes"]["idle"] < x["bytes"]["running"] < x["bytes"]["16 bits"]
+        assert x["ratios"].keys() == {"prefill / promote", "running / idle bytes", "16 bits / idle bytes"}
+
+
 def test_llama_cpp_is_absent_where_there_is_no_gguf(scripts, tinystories):
     import peers
 

@@ -117,6 +117,7 @@ class ScriptedEngine:
             page_tokens=16, prefix_query_tokens=40, prefix_hit_tokens=30, preemptions=1, swapped_bytes=0, tokens_in=7,
             tokens_out=self.tokens_out, requests_finished=0, requests_aborted=len(self.aborted),
             max_context=self.max_context, pool_tokens=1600, full_sequences=6, cache_bytes=1 << 20, effective_bits=3.21,
+            capacity_bytes=4096, demotions=3, promotions=2,
         )  # fmt: skip
 
     async def drain(self, seconds: float) -> bool:

@@ -48,6 +48,8 @@ def test_metrics(client, engine):
     assert (found["kvcli_pages_total"], found["kvcli_pages_used"], found["kvcli_pages_free"]) == (100, 0, 100)
     assert (found["kvcli_prefix_hit_tokens_total"], found["kvcli_prefix_query_tokens_total"]) == (30, 40)
     assert found["kvcli_generated_tokens_total"] == 10
+    idle = [found[f"kvcli_{x}"] for x in ("capacity_bytes", "demotions_total", "promotions_total")]
+    assert idle == [4096, 3, 2]
     assert found["kvcli_effective_bits"] == 3.21
     assert found["kvcli_time_to_first_token_seconds_count"] == 2
     assert found["kvcli_inter_token_latency_seconds_count"] == 8
