@@ -10,8 +10,8 @@ namespace kvrt {
 // whose keys are packed in one page: out[count][width]. Summed in double and rounded once, as the reference does; a product
 // of two floats is exact in double, so that the sum is the CPU's to the last bit. By the whole block, with TILE * head_dim
 // floats of scratch. Begins and ends with a barrier.
-__device__ __forceinline__ void predict_values(const HeadView& view, int64_t first, int count, int channel, int width,
-                                               float* keys, float* out) {
+static __device__ __noinline__ void predict_values(const HeadView& view, int64_t first, int count, int channel, int width,
+                                                   float* keys, float* out) {
   const kv_layer& layer = view.layer;
   const int dim = layer.head_dim, all = layer.num_kv_heads * dim, threads = static_cast<int>(blockDim.x);
   for (int tile = 0; tile < count; tile += TILE)
