@@ -32,8 +32,8 @@ def plans(head_dim: int) -> dict[str, CachePlan]:
     channel = KVFormat(4, "channel", 32, symmetric=False)
     table = KVFormat(3, "token", 32, grid="gaussian", scale_dtype="e5m3")
     beside: dict[str, Any] = {"sink_tokens": 4, "residual_window": 32}
-    # one layer tells its own values; a second is told by the first, and has to be rebuilt. 8 bits: a code that rounding puts
-    # on the other side of its border does not show
+    # a layer's keys tell its values; the second layer is told by the first, and has to be rebuilt. In 8 bits a code
+    # that rounding puts on the other side of its border does not show
     absorbed = Predictor(v=Linear((Source(0, "k"),)))
     seen = (Source(0, "k"), Source(0, "v"))
     told = Predictor(Linear(seen), Linear((Source(1, "k"), *seen)))
@@ -102,11 +102,11 @@ def check(
 
 def model_tensors(plan: CachePlan, generator: torch.Generator) -> dict[str, Tensor]:
     """Return means and predictors so large that leaving them out would show."""
-    dtypes = {"F16": torch.float16, "F32": torch.float32}
-    return {
-        name: (torch.randn(shape, generator=generator) * (shape[1] ** -0.5 if name.endswith("weight") else 1)).to(dtypes[x])
-        for name, (x, shape) in plan.model_tensors().items()
-    }
+    out = {}
+    for name, (dtype, shape) in plan.model_tensors().items():
+        scale = shape[1] ** -0.5 if name.endswith("weight") else 1.0
+        out[name] = (scale * torch.randn(shape, generator=generator)).to(torch.float16 if dtype == "F16" else None)
+    return out
 
 
 def check_rebuilding(

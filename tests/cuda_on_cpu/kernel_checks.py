@@ -75,7 +75,13 @@ def pair(plan: CachePlan, batch: int, capacity: int, group: int = 1, **options: 
     if layer.predictor is not None:
         tensors = predicting(plan)[1]
     store = Store(
-        plan, rope=rope, tensors=tensors, batch=batch, capacity=capacity, num_heads=group * layer.num_kv_heads, **options
+        plan,
+        rope=rope,
+        tensors=tensors,
+        batch=batch,
+        capacity=capacity,
+        num_heads=group * layer.num_kv_heads,
+        **options,
     )
     # a pool is not zeroed: what no token was written to may be no number
     store.pages.fill_(255)
@@ -157,8 +163,8 @@ def check_predicted(
 ) -> Store:  # fmt: skip
     """Append to a plan with its values predicted from its keys, step by step and one token more; attend; compare.
 
-    Keys are turned back in another order of roundings than the reference's, so that a code may fall on the other side of
-    its border: most values are the reference's, and attention is compared on what the pages really hold.
+    Keys are turned back in another order of roundings than the reference's, so that a code may fall on the other side
+    of its border: most values are the reference's, and attention is compared on what the pages really hold.
     """
     plan = predicting(plan)[0]
     spec, batch = plan.layers[0], len(steps[0])

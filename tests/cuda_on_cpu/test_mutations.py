@@ -89,8 +89,8 @@ def fuses(schedule: int, library: kernels.Emulated) -> None:
 # In which order checks are most likely to find a mutant of a file.
 CHECKS: dict[str, tuple[Check, ...]] = {
     "append.cu": (appends,), "attend.cu": (attends,), "attend.cuh": (attends,), "scalar_engine.cuh": (attends,),
-    "combine.cu": (attends, predicts), "expand.cu": (attends, expands), "fused.cu": (fuses,), "predict.cuh": (predicts,),
-    "vector.cuh": (fuses, expands, attends, appends),
+    "combine.cu": (attends, predicts), "expand.cu": (attends, expands), "fused.cu": (fuses,),
+    "predict.cuh": (predicts,), "vector.cuh": (fuses, expands, attends, appends),
 }  # fmt: skip
 
 
