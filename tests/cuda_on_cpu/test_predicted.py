@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcli.models.architectures import LayerGeometry
+from kvcli.models.loading import load
 from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
 from kvcli.quant.prediction import Linear, Predictor, Source
@@ -20,6 +21,7 @@ from kvcli.runtime.attention import attend
 from kvcli.runtime.native_cache import NativeCache
 from kvcli.runtime.packed_cache import PackedCache
 from kvcli.runtime.rebuilding import RebuildingAttention
+from kvcli.runtime.runner import ModelRunner
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
 
@@ -147,3 +149,33 @@ def test_layers_are_rebuilt_in_chunks(own: dict[str, Any], window: int | None, l
             assert float((found - expected).norm() / expected.norm()) < 0.02
         cache.advance(count, 0)
     assert not run._kept
+
+
+@pytest.mark.parametrize("kind", ["absorbed", "always"])
+def test_a_model_says_the_same(
+    kind: str, tinystories: Path, library: Emulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill in chunks and decode, as the model runner drives the kernels."""
+    loaded = load(str(tinystories), dtype="float32")
+    told = (Source(0, "k"), Source(0, "v"))
+    rebuilt = Predictor(Linear(told), Linear((Source(1, "k"), *told)))
+    own = Predictor(v=Linear((Source(1, "k"),)))
+    predictors = (ABSORBED, own if kind == "absorbed" else rebuilt)
+    fmt = KVFormat(4, "token", 16)
+    layers = tuple(
+        LayerPlan(g.num_kv_heads, g.head_dim, fmt, fmt, predictor=x)
+        for g, x in zip(loaded.geometry, predictors, strict=True)
+    )
+    plan = CachePlan(layers, sink_tokens=2, residual_window=3, dtype="float32")
+    ids = torch.randint(3, 2000, (29,), generator=torch.Generator().manual_seed(0))
+    results = []
+    for kernels in (kvrt.library("cpu"), library):
+        monkeypatch.setattr(kvrt, "library", lambda kind, kernels=kernels: kernels)
+        for capacity, count in ((40, 24), (8, 5)):  # also a cache of fewer slots than the kernels want cosines
+            runner = ModelRunner(loaded, plan, tensors_of(plan), capacity=capacity)
+            logits = [runner.prefill(ids[:count], chunk=9, all_logits=True)]
+            logits += [runner.decode(x[None]).clone() for x in ids[count : min(capacity, len(ids))]]
+            results.append(torch.cat(logits))
+    for found, expected in zip(results[2:], results[:2], strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 0.02
+        assert float((found - expected).abs().median()) < 1e-3

@@ -72,7 +72,8 @@ int check_cache(const kv_layer& layer, const kvrt_cache& cache, bool beside) {
   // values are predicted from the keys of all heads in a slot
   if (layer.v_weight && (cache.block_table_head_stride || cache.length_head_stride)) return KVRT_UNSUPPORTED;
   if (!cache.num_seqs) return KVRT_OK;
-  if (cache.max_pages && (!cache.pages || !cache.block_tables)) return KVRT_INVALID;
+  // a cache for sequences so short that none leaves the exact window has no pages
+  if (cache.max_pages && (!cache.block_tables || (!beside && !cache.pages))) return KVRT_INVALID;
   if (!aligned(cache.pages) || !aligned(cache.tail) || !aligned(cache.sinks)) return KVRT_INVALID;
   if (beside && !cache.lengths) return KVRT_INVALID;
   if (beside && !layer.portable && (!cache.tail || (layer.sink_tokens && !cache.sinks))) return KVRT_INVALID;

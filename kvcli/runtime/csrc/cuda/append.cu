@@ -153,6 +153,7 @@ __device__ void store_scale(const kv_format& format, const Target& to, int64_t i
 
 // Pack tokens first ... last - 1, which lie in one page, by the whole block. rows has unit_tokens * unit_width floats,
 // keys what predict_values needs.
+template <bool PREDICTS>
 __device__ void pack_unit(const Source& from, int64_t first, int64_t last, const Target& to, float* rows,
                           float* scratches, float* keys) {
   const kv_layer& layer = from.view.layer;
@@ -170,7 +171,7 @@ __device__ void pack_unit(const Source& from, int64_t first, int64_t last, const
   const bool token_axis = format.axis == KV_TOKEN;
   float* scratch = scratches + threadIdx.x / WARP * MAX_GROUP;
   const int tile = unit_width(format, dim);
-  const bool predicts = from.which && layer.v_weight;
+  const bool predicts = PREDICTS && from.which;
   for (int channel = 0; channel < dim; channel += tile) {
     const int width = dim - channel < tile ? dim - channel : tile;
     if (predicts) predict_values(from.view, first, count, channel, width, keys, rows);
@@ -213,12 +214,13 @@ __device__ bool overwritten(const HeadView& view, int64_t logical, int64_t last,
 enum Work { PACK = 1, KEEP = 2, KEYS = 4, VALUES = 8 };
 
 // Grid: (units, keys and values of each kv head, sequences). Each block packs every gridDim.x-th unit.
+template <bool PREDICTS>
 __global__ void __launch_bounds__(THREADS)
 append_kernel(const __grid_constant__ kv_layer layer, const __grid_constant__ kvrt_append_args args, int work) {
   KVRT_DYNAMIC_SHARED(shared);
   float* scratches = reinterpret_cast<float*>(shared);
   float* keys = scratches + WARPS * MAX_GROUP;
-  float* rows = keys + (layer.v_weight ? TILE * layer.head_dim : 0);
+  float* rows = keys + (PREDICTS ? TILE * layer.head_dim : 0);
   const int which = blockIdx.y % 2;
   if (!(work & (which ? VALUES : KEYS))) return;
   const HeadView view = {layer, args.cache, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y / 2)};
@@ -238,7 +240,7 @@ append_kernel(const __grid_constant__ kv_layer layer, const __grid_constant__ kv
       uint8_t* slice = view.slice(page, at.head_bytes);
       const Target to = {slice + (which ? at.v_codes : at.k_codes), slice + (which ? at.v_scales : at.k_scales),
                          slice + (which ? at.v_zeros : at.k_zeros)};
-      pack_unit(from, first, last, to, rows, scratches, keys);
+      pack_unit<PREDICTS>(from, first, last, to, rows, scratches, keys);
     }
   }
   if (!(work & KEEP) || layer.portable) return;
@@ -274,7 +276,8 @@ cudaError_t launch_append(const kv_layer& layer, const kvrt_append_args& args, c
   const auto run = [&](int blocks, int work) {
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(2 * layer.num_kv_heads),
                     static_cast<unsigned>(args.cache.num_seqs));
-    return KVRT_LAUNCH(append_kernel, grid, dim3(THREADS), shared_bytes(layer), stream, layer, args, work);
+    const auto kernel = layer.v_weight ? append_kernel<true> : append_kernel<false>;
+    return KVRT_LAUNCH(kernel, grid, dim3(THREADS), shared_bytes(layer), stream, layer, args, work);
   };
   const bool small = args.max_new <= layer.block_size;
   const int shortest = unit_tokens(layer.k) < unit_tokens(layer.v) ? unit_tokens(layer.k) : unit_tokens(layer.v);

@@ -11,6 +11,7 @@ constexpr int THREADS = 128;
 constexpr int HEADS = 8;  // query heads whose key sums a block keeps
 
 // Grid: (tiles of tokens, kv heads, keys and values).
+template <bool PREDICTS>
 __global__ void __launch_bounds__(THREADS)
 expand_kernel(const __grid_constant__ kv_layer layer, const __grid_constant__ kvrt_expand_args args) {
   KVRT_DYNAMIC_SHARED(shared);
@@ -26,7 +27,7 @@ expand_kernel(const __grid_constant__ kv_layer layer, const __grid_constant__ kv
   if (count <= 0) return;
   decode_rows(BlockTeam(), view, keys, args.keys_before_rope ? KEYS_BEFORE_ROPE : KEYS_AFTER_ROPE, first, count, rows);
   float* predicted = rows + TILE * dim;
-  const bool predicts = !keys && layer.v_weight;
+  const bool predicts = PREDICTS && !keys;
   if (predicts) predict_values(view, first, count, 0, dim, predicted + TILE * dim, predicted);
   for (int i = threadIdx.x; i < count * dim; i += THREADS) {
     const int64_t token = first + i / dim;
@@ -112,7 +113,8 @@ cudaError_t launch_expand(const kv_layer& layer, const kvrt_expand_args& args, c
   if (!tiles) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(layer.num_kv_heads), 2);
   const size_t shared = sizeof(float) * TILE * static_cast<size_t>(layer.v_weight ? 3 * layer.head_dim : layer.head_dim);
-  return KVRT_LAUNCH(expand_kernel, grid, dim3(THREADS), shared, stream, layer, args);
+  const auto kernel = layer.v_weight ? expand_kernel<true> : expand_kernel<false>;
+  return KVRT_LAUNCH(kernel, grid, dim3(THREADS), shared, stream, layer, args);
 }
 
 cudaError_t launch_mass(const kv_layer& layer, const kvrt_attend_args& args, cudaStream_t stream) {
