@@ -185,7 +185,7 @@ def known(artifact: Artifact, chosen: Literal["cpu", "cuda", "reference"]) -> Li
     from kvcli.runtime.weights import check_runnable
 
     try:
-        check_runnable(AutoConfig.from_pretrained(artifact.path), artifact.plan, chosen)
+        check_runnable(AutoConfig.from_pretrained(artifact.path), artifact.plan)
     except InputError as error:
         say(f"Not on {chosen}: {error}")
         return "reference"

@@ -266,14 +266,15 @@ def native(
     threads: int = 0,
     batch_size: int = 1,
 ) -> RunnerDecoder:
-    """Enter the model runner as it is run: on a GPU a step of decoding is recorded once and replayed."""
+    """Enter the model runner as it is run: on a GPU a step of decoding is recorded once and replayed, if it can be."""
+    from kvcli.runtime.rebuilding import rebuilds
     from kvcli.runtime.runner import ModelRunner
 
     runner = ModelRunner(
         loaded, plan, tensors, backend=backend, weights=weights, capacity=capacity, batch_size=batch_size,
         threads=threads,
     )  # fmt: skip
-    if backend == "cuda":
+    if backend == "cuda" and not rebuilds(plan):
         runner.capture()
     return RunnerDecoder(name, runner, depth)
 

@@ -234,6 +234,8 @@ class Generator:
         return out, cache.nbytes
 
     def _natively(self, ids: Tensor, count: int, streamer: Any) -> tuple[Tensor, int]:
+        from kvcli.runtime.rebuilding import rebuilds
+
         runner, prompt = self._runner, ids[0]
         assert runner is not None
         runner.resize(capacity=len(prompt) + count)
@@ -241,7 +243,7 @@ class Generator:
         choose, ends = Sampler(self.sampling, prompt, penalty or 1.0), self._ends
         if streamer:
             streamer.put(ids)
-        if runner.device.type == "cuda" and count > 2:
+        if runner.device.type == "cuda" and count > 2 and not rebuilds(runner.plan):
             runner.capture()
         out = [choose(runner.prefill(prompt))]
         token = torch.zeros(1, dtype=torch.int64)
@@ -275,7 +277,7 @@ def choose_backend(model: PackedModel, weights: str = "none") -> Literal["refere
         if kind == "cuda" and (weights != "none" or not torch.cuda.is_available()):
             continue
         try:
-            check_runnable(model.loaded.model.config, model.plan, kind)
+            check_runnable(model.loaded.model.config, model.plan)
             kvrt.library(kind)
         except (InputError, kvrt.NativeError):
             continue

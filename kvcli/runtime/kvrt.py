@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcli.errors import InputError, KvcliError
+from kvcli.errors import KvcliError
 from kvcli.plan import CachePlan
 from kvcli.quant import grids, linear_maps
 from kvcli.quant.format import KVFormat
@@ -25,6 +25,7 @@ VERSION = 3
 LIBRARIES = Path(__file__).parent / "lib"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PACKED, EXACT, ALL = 1, 2, 3
+ROPE_ROWS = 16  # rows that the CUDA kernels want of the rotary table at least
 
 
 class Format(ctypes.Structure):
@@ -268,13 +269,6 @@ def format_struct(fmt: KVFormat, transform: str) -> Format:
         int(bool(levels)), int(transform == "hadamard" and fmt.axis == "token" and not fmt.is_exact), steps,
         (c_float * 16)(*levels),
     )  # fmt: skip
-
-
-def check_predictors(plan: CachePlan, backend: str) -> None:
-    """Raise :class:`InputError`, naming the layer, if the kernels of ``backend`` do not have the plan's predictors."""
-    for i, layer in enumerate(plan.layers):
-        if layer.predictor is not None and backend == "cuda":
-            raise InputError(f"layer {i} needs predictor {layer.predictor!r}, which the CUDA kernels do not have.")
 
 
 def layer_struct(

@@ -81,7 +81,7 @@ class NativeCache:
     Raises
     ------
     InputError
-        If the kernels do not have a predictor that the plan needs, or a tensor of it is missing.
+        If a tensor of a predictor is missing.
     NativeError
         If there are no kernels, or none that run here.
     """
@@ -103,9 +103,8 @@ class NativeCache:
         self.plan, self.geometry, self.capacity, self.batch_size = plan, geometry, capacity, batch_size
         self.library = library or kvrt.library("cpu")
         self.device = torch.device(device)
-        kvrt.check_predictors(plan, self.device.type)
         self.exec = kvrt.Exec(threads, 0, None)
-        self.rope_table = rope.table(capacity).to(self.device).contiguous()
+        self.rope_table = rope.table(max(capacity, kvrt.ROPE_ROWS)).to(self.device).contiguous()
         self.tensors = {k: v.to(self.device) for k, v in (tensors or {}).items()}
         for name in [x for x in self.tensors if x.endswith(".mean")]:
             self.tensors[name] = self.tensors[name].float().contiguous()

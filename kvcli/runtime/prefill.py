@@ -42,7 +42,7 @@ class ChunkAttention:
             room = max(near, 0 if layer.window else min(SEGMENT, cache.capacity))
             need = max(need, layer.num_kv_heads * layer.head_dim * room)
         self._native = (
-            cache.device.type == "cpu"
+            cache.library.kind == "cpu"
             and dtype == torch.float32
             and all(x.head_dim % 16 == 0 for x in cache.plan.layers)
         )

@@ -90,7 +90,8 @@ class RebuildingAttention(ChunkAttention):
             self._products[i] = [] if own else products(plan, i, cache.tensors)
             self._last_reader |= {x.layer: i for x in self._products[i] if x.layer != i}
         width = max(x.width for x in plan.layers)
-        self._columns = torch.empty(self._scratch.shape[1] // width * 2 * width, dtype=torch.float32)
+        slots = self._scratch.shape[1] // width
+        self._columns = torch.empty(slots * 2 * width, dtype=torch.float32, device=cache.device)
         # by layer and sequence: the first slot, the columns, and the memory that they lie in
         self._kept: dict[tuple[int, int], tuple[int, Tensor, Tensor]] = {}
         self._spare: list[Tensor] = []
@@ -125,7 +126,8 @@ class RebuildingAttention(ChunkAttention):
         need = count * 2 * layer.width
         memory = next((x for x in self._spare if len(x) >= need), None)
         if memory is None:  # with room for the next steps
-            memory = torch.empty(need + 2 * layer.width * max(GROWTH, count // 8), dtype=torch.float32)
+            room = need + 2 * layer.width * max(GROWTH, count // 8)
+            memory = torch.empty(room, dtype=torch.float32, device=self.cache.device)
             del self._spare[:1]
         else:
             self._spare = [x for x in self._spare if x is not memory]
@@ -195,8 +197,9 @@ class RebuildingAttention(ChunkAttention):
         cos, sin = cache.rope_table[first:stop, None].chunk(2, -1)
         a, b = flat[:, 0, :, 0], flat[:, 0, :, 1]
         to = k[:, at : at + count].unflatten(-1, (2, dim // 2)).transpose(0, 1)
-        torch.mul(a, cos, out=to[:, :, 0]).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=to[:, :, 1]).addcmul_(a, sin)
+        # in float32, and rounded once to what is computed in
+        torch.addcmul(a * cos, b, sin, value=-1, out=to[:, :, 0])
+        torch.addcmul(b * cos, a, sin, out=to[:, :, 1])
         v[:, at : at + count] = flat[:, 1].flatten(-2).transpose(0, 1)
         if first < cache.plan.sinks(index):
             sinks = cache.layers[index].sinks[row, :, :, first:stop]

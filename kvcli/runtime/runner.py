@@ -79,7 +79,7 @@ class ModelRunner:
         threads: int = 0,
         deterministic: bool = False,
     ) -> None:
-        check_runnable(loaded.model.config, plan, backend)
+        check_runnable(loaded.model.config, plan)
         if deterministic and rebuilds(plan):
             raise UsageError("deterministic results are not for plans that rebuild layers from one another.")
         self.library = kvrt.library(backend)
@@ -224,6 +224,8 @@ class ModelRunner:
             raise KvcliError("a graph is recorded while the cache is empty.")
         if self.device.type != "cuda":
             raise KvcliError("only a GPU records graphs.")
+        if rebuilds(self.plan):
+            raise KvcliError("a graph cannot hold the rebuilding of layers, whose shapes change from step to step.")
         side: Any = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries allocate on first use, which a recording does not allow

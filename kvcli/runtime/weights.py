@@ -14,7 +14,6 @@ from kvcli.errors import InputError, KvcliError
 from kvcli.models.architectures import check_model_type
 from kvcli.models.loading import LoadedModel
 from kvcli.plan import CachePlan
-from kvcli.runtime.kvrt import check_predictors
 from kvcli.runtime.linear import Activations, Blocks, Codes, Dense, Int4, Linear, Scratch, check_width
 from kvcli.runtime.stored_codes import codes_of
 
@@ -35,14 +34,13 @@ class LayerWeights:
     down: Linear
 
 
-def check_runnable(config: PretrainedConfig, plan: CachePlan, backend: str = "cpu") -> None:
-    """Raise :class:`InputError`, naming the reason, for what the native ``backend`` leaves to others."""
+def check_runnable(config: PretrainedConfig, plan: CachePlan) -> None:
+    """Raise :class:`InputError`, naming the reason, for what the native backends leave to others."""
     check_model_type(config.model_type)
     if config.hidden_act not in ("silu", "swish"):
         raise InputError(f"the native runtime computes SiLU, and the model uses {config.hidden_act!r}.")
     if plan.dtype == "float64":
         raise InputError("the native runtime does not compute in float64.")
-    check_predictors(plan, backend)
     for layer in plan.layers:
         if layer.head_dim % 8 or layer.head_dim > 256:
             raise InputError(f"the native runtime does not take heads of {layer.head_dim} channels.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from ctypes import byref
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.nn.functional import silu
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "runtime" / "native")]  # tests are no package
 
-from cpu_store import Store, means_of, reference, rope_of  # noqa: E402
+from cpu_store import Store, means_of, predicting, reference, rope_of  # noqa: E402
 from cuda_on_cpu.build import KERNELS, CannotBuild, build  # noqa: E402
 
 from kvcli.models.architectures import Rope  # noqa: E402
@@ -70,13 +71,21 @@ def queries(batch: int, heads: int, dim: int, seed: int = 0) -> Tensor:
 
 def pair(plan: CachePlan, batch: int, capacity: int, group: int = 1, **options: Any) -> tuple[Store, PackedLayer]:
     layer = plan.layers[0]
-    rope, means = options.pop("rope", rope_of(layer.head_dim)), means_of(layer)
+    rope, tensors = options.pop("rope", rope_of(layer.head_dim)), means_of(layer)
+    if layer.predictor is not None:
+        tensors = predicting(plan)[1]
     store = Store(
-        plan, rope=rope, tensors=means, batch=batch, capacity=capacity, num_heads=group * layer.num_kv_heads, **options
+        plan,
+        rope=rope,
+        tensors=tensors,
+        batch=batch,
+        capacity=capacity,
+        num_heads=group * layer.num_kv_heads,
+        **options,
     )
     # a pool is not zeroed: what no token was written to may be no number
     store.pages.fill_(255)
-    return store, PackedLayer(plan, 0, batch_size=batch, rope=rope, tensors=means)
+    return store, PackedLayer(plan, 0, batch_size=batch, rope=rope, tensors=tensors)
 
 
 def feed(layer: PackedLayer, row: int, kv: Tensor) -> None:
@@ -146,6 +155,51 @@ def check_attention(
         assert_close(found, expected, kv, row, tolerance, norms)
     store.lengths += 1
     assert_same_storage(store, layer)
+
+
+def check_predicted(
+    plan: CachePlan, steps: tuple[tuple[int, ...], ...], *, group: int, variant: str = SCALAR, splits: int = 2,
+    split_pages: int = 0, schedule: int = 0, dtype: torch.dtype = torch.float32,
+) -> Store:  # fmt: skip
+    """Append to a plan with its values predicted from its keys, step by step and one token more; attend; compare.
+
+    Keys are turned back in another order of roundings than the reference's, so that a code may fall on the other side
+    of its border: most values are the reference's, and attention is compared on what the pages really hold.
+    """
+    plan = predicting(plan)[0]
+    spec, batch = plan.layers[0], len(steps[0])
+    store, layer = pair(plan, batch, 256, group)
+    library: Any = store.library
+    library.use(variant)
+    library.schedule(schedule)
+    ones = (1,) * batch
+    for i, counts in enumerate((*steps, ones)):
+        new = [tokens(spec, n, 10 * i + r, dtype) for r, n in enumerate(counts)]
+        store.append(new, advance=i < len(steps))
+        for row, kv in enumerate(new):
+            feed(layer, row, kv)
+    q = queries(batch, store.num_heads, spec.head_dim).to(dtype)
+    found = store.attend(q, splits=splits, split_pages=split_pages)
+    a = store.attend_args(q, splits=splits, split_pages=split_pages)
+    a.mass = a.key_sum = a.lse = a.packed_mass = None  # what decoding asks for
+    library.call("attend", byref(store.struct), byref(a), None)
+    assert torch.equal(a.results["out"], found["out"])
+    for row in range(batch):
+        boundary = plan.boundary(0, layer.lengths[row])
+        k, v, first = layer.read(row)
+        mine = store.expand(row, first, boundary - first)
+        for x, expected in zip(mine, (k, v), strict=True):
+            near = (x - expected).abs() <= 1e-4 * (1 + expected.abs())
+            assert not near.numel() or near.double().mean() > 0.98
+        read = (*mine, first)
+        layer.read = lambda row, stop=None, read=read: read  # type: ignore[method-assign]
+        expected = reference(layer, row, q[row], rope=store.rope, width=found["mass"].shape[-1])
+        del layer.read
+        values = torch.cat((mine.flatten(), layer.tail[:, row].nan_to_num().flatten().float()))
+        norms = float(q[row].norm(dim=-1).max() * values.abs().max())
+        assert_close(found, expected, values, row, TOLERANCE[variant] if dtype == torch.float32 else 8e-3, norms)
+    store.lengths += 1
+    return store
 
 
 def every_format(dim: int, block: int) -> Iterator[KVFormat]:

@@ -72,6 +72,14 @@ def expands(schedule: int, library: kernels.Emulated) -> None:
     kernels.check_expanding(KVFormat(4), "after")
 
 
+def predicts(schedule: int, library: kernels.Emulated) -> None:
+    del library
+    for k, dim in ((KVFormat(3, "token", 32), 32), (KVFormat(4, "token", 16), 16)):
+        layer = LayerPlan(2, dim, k, KVFormat(4, "channel", 32), transform="hadamard", center=True)
+        plan = CachePlan((layer,), residual_window=1, block_size=32)
+        kernels.check_predicted(plan, ((70,), (30,)), group=5, schedule=schedule)
+
+
 def fuses(schedule: int, library: kernels.Emulated) -> None:
     del schedule
     kernels.check_hadamard(64, library)
@@ -81,8 +89,8 @@ def fuses(schedule: int, library: kernels.Emulated) -> None:
 # In which order checks are most likely to find a mutant of a file.
 CHECKS: dict[str, tuple[Check, ...]] = {
     "append.cu": (appends,), "attend.cu": (attends,), "attend.cuh": (attends,), "scalar_engine.cuh": (attends,),
-    "combine.cu": (attends,), "expand.cu": (attends, expands), "fused.cu": (fuses,),
-    "vector.cuh": (fuses, expands, attends, appends),
+    "combine.cu": (attends, predicts), "expand.cu": (attends, expands), "fused.cu": (fuses,),
+    "predict.cuh": (predicts,), "vector.cuh": (fuses, expands, attends, appends),
 }  # fmt: skip
 
 
@@ -145,7 +153,7 @@ def library_of(folder: Path, name: str | None = None, source: str = "") -> Path:
 @pytest.mark.slow
 def test_the_checks_pass_without_mutation(tmp_path: Path) -> None:
     library = library_of(tmp_path)
-    assert failing_schedule(library, (appends, attends, expands, fuses)) is None
+    assert failing_schedule(library, (appends, attends, expands, predicts, fuses)) is None
 
 
 @pytest.mark.slow

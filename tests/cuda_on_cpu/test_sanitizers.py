@@ -19,8 +19,8 @@ from kernel_checks import built  # noqa: E402
 def test_under_sanitizers(tmp_path: Path) -> None:
     path = built(tmp_path / "libkvrt_sanitized.so", sanitize=True)
     environment = {**sanitizer_environment(), "KVCLI_TEST_KVRT_EMULATED": str(path), "OMP_NUM_THREADS": "1"}
-    chosen = "token_by_token or query_groups or borders or test_every_head_size or norms or rotary or expanding"
+    chosen = "token_by_token or query_groups or borders or every_head_size or norms or rotary or expanding or predicted"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
-    command += [str(HERE / f"test_{name}.py") for name in ("append", "attend", "expand_and_fused")]
+    command += [str(HERE / f"test_{name}.py") for name in ("append", "attend", "expand_and_fused", "predicted")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

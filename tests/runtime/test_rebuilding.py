@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kvcli.engine.config import EngineConfig
 from kvcli.engine.runner import EngineRunner
-from kvcli.errors import InputError, UsageError
+from kvcli.errors import InputError, KvcliError, UsageError
 from kvcli.evaluation.attention_speed import NativeAttention
 from kvcli.models.architectures import Rope, geometry
 from kvcli.plan import CachePlan
@@ -29,7 +29,6 @@ from kvcli.runtime.packed_cache import PackedCache
 from kvcli.runtime.packed_model import PackedModel
 from kvcli.runtime.rebuilding import RebuildingAttention, products, rebuilds
 from kvcli.runtime.runner import ModelRunner
-from kvcli.runtime.weights import check_runnable
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
 
@@ -207,9 +206,10 @@ def test_engine_and_determinism(tiny: Tiny) -> None:
         EngineRunner(PackedModel(loaded_of(model), plan, tensors_of(plan)), config)
     with pytest.raises(InputError, match="kvcli bench decode"):
         NativeAttention(plan, geometry(model.config), 64, tensors=tensors_of(plan))
-    for plan in packed.values():
-        with pytest.raises(InputError, match=r"layer 0 needs predictor v from 0\.k, which the CUDA kernels"):
-            check_runnable(model.config, plan, "cuda")
+    runner = ModelRunner(loaded_of(model), plan, tensors_of(plan), capacity=64)
+    runner.device = torch.device("cuda")
+    with pytest.raises(KvcliError, match="a graph cannot hold the rebuilding of layers"):
+        runner.capture()
 
 
 def test_a_product_is_read_where_it_is_told() -> None:

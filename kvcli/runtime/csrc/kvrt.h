@@ -87,10 +87,12 @@ typedef struct kvrt_attend_args {
   int64_t q_row_stride, q_head_stride, out_row_stride, out_head_stride; /* in values */
   const int32_t *query_positions; /* [num_seqs], null: n - 1; what a sliding window counts from when positions are given */
   float *lse;              /* [num_seqs][num_heads] natural-log sum of exponentials, or null */
-  float *mass;             /* [num_seqs][num_heads][mass_stride]: softmax weight per slot, 0 where unseen, or null */
+  float *mass;             /* [num_seqs][num_heads][mass_stride]: softmax weight per slot, 0 where unseen, or null; a row
+                              has room for every slot seen */
   int64_t mass_stride;
   float *key_sum;          /* [num_seqs][num_heads][num_kv_heads][head_dim]: sum over packed tokens of weight * K^ before
-                              RoPE, for the heads' own weights over the keys of ALL kv heads, or null; CUDA needs mass as well */
+                              RoPE, for the heads' own weights over the keys of ALL kv heads, or null; CUDA needs mass as
+                              well, but for layers with v_weight */
   float *packed_mass;      /* [num_seqs][num_heads]: weight of the packed tokens, or null */
   int32_t splits;          /* parts a sequence's pages are cut into; at least 1 */
   int32_t split_pages;     /* 0: pages are cut evenly. Else split i takes pages i*split_pages ..., the last one the rest,
@@ -140,6 +142,7 @@ KVRT_API int kvrt_page_layout(const kv_layer *layer, kv_page_layout *out);
 KVRT_API int64_t kvrt_boundary(const kv_layer *layer, int64_t n);
 
 KVRT_API int kvrt_append(const kv_layer *layer, const kvrt_append_args *args, const kvrt_exec *exec);
+/* With v_weight CUDA takes room for the weights of rope_positions slots, which no sequence may pass. */
 KVRT_API int64_t kvrt_attend_workspace(const kv_layer *layer, int32_t num_seqs, int32_t splits);
 KVRT_API int kvrt_attend(const kv_layer *layer, const kvrt_attend_args *args, const kvrt_exec *exec);
 KVRT_API int kvrt_expand(const kv_layer *layer, const kvrt_expand_args *args, const kvrt_exec *exec);

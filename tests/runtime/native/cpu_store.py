@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import byref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from kvcli.models.architectures import Rope
 from kvcli.plan import CachePlan, LayerPlan
+from kvcli.quant.prediction import Linear, Predictor, Source
 from kvcli.runtime import kvrt
 from kvcli.runtime.packed_layer import PackedLayer
 
@@ -26,6 +28,17 @@ def rope_of(dim: int, scaling: float = 1.0) -> Rope:
 def means_of(layer: LayerPlan) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(3)
     return {f"layer.0.{w}.mean": torch.randn(layer.num_kv_heads, layer.head_dim, generator=g) for w in "kv"}
+
+
+def predicting(plan: CachePlan) -> tuple[CachePlan, dict[str, Tensor]]:
+    """The plan with its values absorbed, and means and a predictor that no result could do without."""
+    layer = replace(plan.layers[0], predictor=Predictor(v=Linear((Source(0, "k"),))))
+    plan = replace(plan, layers=(layer,))
+    g = torch.Generator().manual_seed(5)
+    weight = (torch.randn(layer.width, layer.width, generator=g) * layer.width**-0.5).half()
+    bias = torch.randn(layer.width, generator=g)
+    own = {"layer.0.v.predictor.weight": weight, "layer.0.v.predictor.bias": bias}
+    return plan, {"layer.0.k.mean": means_of(layer)["layer.0.k.mean"], **own}
 
 
 def available() -> list[str]:

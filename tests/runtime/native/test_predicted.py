@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,15 @@ from torch import Tensor
 
 from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
-from kvcli.quant.prediction import Linear, Predictor, Source
 from kvcli.runtime import kvrt
 from kvcli.runtime.packed_layer import PackedLayer
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests are no package
 
-from cpu_cases import INVALID, UNSUPPORTED, VARIANTS, assert_close, feed, means_of, plans, queries, rope_of, tokens
-from cpu_store import Store, cpu_library, reference
+from cpu_cases import INVALID, UNSUPPORTED, VARIANTS, assert_close, feed, plans, queries, rope_of, tokens
+from cpu_store import Store, cpu_library, predicting, reference
 
 pytestmark = pytest.mark.usefixtures("variant_is_put_back")
-
-
-def predicting(plan: CachePlan) -> tuple[CachePlan, dict[str, Tensor]]:
-    """The plan with its values absorbed, and means and a predictor that no result could do without."""
-    layer = replace(plan.layers[0], predictor=Predictor(v=Linear((Source(0, "k"),))))
-    plan = replace(plan, layers=(layer,))
-    g = torch.Generator().manual_seed(5)
-    weight = (torch.randn(layer.width, layer.width, generator=g) * layer.width**-0.5).half()
-    bias = torch.randn(layer.width, generator=g)
-    own = {"layer.0.v.predictor.weight": weight, "layer.0.v.predictor.bias": bias}
-    return plan, {"layer.0.k.mean": means_of(layer)["layer.0.k.mean"], **own}
 
 
 def pair(plan: CachePlan, batch: int, group: int = 1, **options: Any) -> tuple[Store, PackedLayer]:

@@ -56,10 +56,11 @@ int check_layer(const kv_layer* layer) {
   const int block = layer->block_size;
   if (block != 16 && block != 32 && block != 64 && block != 128) return KVRT_INVALID;
   if (layer->head_dim < 1) return KVRT_INVALID;
-  if (layer->head_dim % 8 || layer->head_dim > KV_MAX_HEAD_DIM || layer->v_weight) return KVRT_UNSUPPORTED;
+  if (layer->head_dim % 8 || layer->head_dim > KV_MAX_HEAD_DIM) return KVRT_UNSUPPORTED;
   if (!is_dtype(layer->page_dtype) || !is_dtype(layer->exact_dtype) || layer->page_dtype == KV_F32) return KVRT_INVALID;
   if (!layer->portable && layer->tail_tokens < layer->residual_window + block - 1) return KVRT_INVALID;
-  const bool turns = !kv_is_exact(&layer->k) && (layer->rope_before || layer->k_mean);
+  if (layer->v_weight && kv_is_exact(&layer->v)) return KVRT_INVALID;
+  const bool turns = layer->v_weight || (!kv_is_exact(&layer->k) && (layer->rope_before || layer->k_mean));
   if (turns && (!layer->rope || layer->rope_positions < kvrt::MIN_ROPE_POSITIONS || !aligned(layer->rope)))
     return KVRT_INVALID;
   const int status = check_format(layer->k, *layer);
@@ -68,8 +69,11 @@ int check_layer(const kv_layer* layer) {
 
 int check_cache(const kv_layer& layer, const kvrt_cache& cache, bool beside) {
   if (cache.num_seqs < 0 || cache.max_pages < 0) return KVRT_INVALID;
+  // values are predicted from the keys of all heads in a slot
+  if (layer.v_weight && (cache.block_table_head_stride || cache.length_head_stride)) return KVRT_UNSUPPORTED;
   if (!cache.num_seqs) return KVRT_OK;
-  if (cache.max_pages && (!cache.pages || !cache.block_tables)) return KVRT_INVALID;
+  // a cache for sequences so short that none leaves the exact window has no pages
+  if (cache.max_pages && (!cache.block_tables || (!beside && !cache.pages))) return KVRT_INVALID;
   if (!aligned(cache.pages) || !aligned(cache.tail) || !aligned(cache.sinks)) return KVRT_INVALID;
   if (beside && !cache.lengths) return KVRT_INVALID;
   if (beside && !layer.portable && (!cache.tail || (layer.sink_tokens && !cache.sinks))) return KVRT_INVALID;
@@ -127,11 +131,12 @@ int kvrt_append(const kv_layer* layer, const kvrt_append_args* args, const kvrt_
   int status = check_layer(layer);
   if (status) return status;
   if (!args || args->max_new < 0 || !is_dtype(args->dtype)) return KVRT_INVALID;
-  if (args->k_predicted || args->v_predicted) return KVRT_UNSUPPORTED;
+  if ((args->k_predicted || args->v_predicted) && (args->cache.num_seqs > 1 || layer->v_weight)) return KVRT_INVALID;
+  if (args->k_predicted && !layer->rope) return KVRT_INVALID;
   if ((status = check_cache(*layer, args->cache, true)) != KVRT_OK) return status;
   if (!args->starts && args->max_new > 1) return KVRT_INVALID;
   if (!args->cache.num_seqs || !args->max_new) return KVRT_OK;
-  if (!args->k || !args->v) return KVRT_INVALID;
+  if (!args->k && !args->v) return KVRT_INVALID;
   return status_of(kvrt::launch_append(*layer, *args, stream_of(exec)));
 }
 
@@ -149,7 +154,7 @@ int kvrt_attend(const kv_layer* layer, const kvrt_attend_args* args, const kvrt_
   if (!args->q || !args->out || !args->workspace || !aligned(args->workspace)) return KVRT_INVALID;
   if (args->workspace_bytes < kvrt::attend_workspace(*layer, args->cache.num_seqs, args->splits)) return KVRT_INVALID;
   // weights are made of scores in place and keys are summed by them, so each needs the one before
-  if (args->key_sum && !args->mass) return KVRT_UNSUPPORTED;
+  if (args->key_sum && !args->mass && !layer->v_weight) return KVRT_UNSUPPORTED;
   if (args->key_sum && !kv_is_exact(&layer->k) && !layer->rope_before && !layer->rope) return KVRT_INVALID;
   if (args->key_sum && kv_is_exact(&layer->k) && !layer->rope) return KVRT_INVALID;
   const int variant = chosen;

@@ -2,9 +2,10 @@
 //
 // A token leaves from the ring (it was appended before this step) or straight from the new rows. New tokens take ring
 // entries that leaving tokens still hold, so reading and writing are ordered: within one block where the step is small
-// (decode), by two launches on the stream where it is large (prefill), so that many blocks may pack at once.
+// (decode), by two launches on the stream where it is large (prefill), so that many blocks may pack at once. Values that
+// are predicted from keys wait, in a launch of their own, for the keys of all heads to be packed.
 #include "launches.h"
-#include "vector.cuh"
+#include "predict.cuh"
 
 namespace kvrt {
 
@@ -28,11 +29,13 @@ struct Source {
   const HeadView& view;
   int which;
   int64_t length, n, first_row;
+  const float* given;  // the caller's predictions, from the boundary on, in the mean's place; or null
 
   __device__ Source(const kvrt_append_args& a, const HeadView& v, int w) : args(a), view(v), which(w) {
     length = v.length();
     first_row = a.starts ? a.starts[v.sequence] : v.sequence;
     n = length + (a.starts ? a.starts[v.sequence + 1] - first_row : 1);
+    given = which ? a.v_predicted : a.k_predicted;
   }
   // One value of the ring or of the new rows, rounded to the exact dtype.
   __device__ float value(int64_t token, int channel) const {
@@ -43,11 +46,13 @@ struct Source {
                                 : row * args.k_row_stride + view.head * args.k_head_stride;
     return round_to(load_value(which ? args.v : args.k, index + channel, args.dtype), layer.exact_dtype);
   }
-  // The same as it is quantised, but for the Hadamard transform: before RoPE if the plan says so, without the mean.
+  // The same as it is quantised, but for the Hadamard transform: before RoPE if the plan says so, without the mean or
+  // what was predicted.
   __device__ float stored(int64_t token, int channel) const {
     const kv_layer& layer = view.layer;
     float x = value(token, channel);
     const float* mean = which ? layer.v_mean : layer.k_mean;
+    if (given) mean = given + (token - kv_boundary(&layer, length)) * layer.num_kv_heads * layer.head_dim;
     if (mean) mean += view.head * layer.head_dim;
     if (which) return mean ? __fsub_rn(x, mean[channel]) : x;
     if (layer.rope_before) {
@@ -146,9 +151,11 @@ __device__ void store_scale(const kv_format& format, const Target& to, int64_t i
   if (!format.symmetric) reinterpret_cast<uint16_t*>(to.zeros)[index] = static_cast<uint16_t>(value.zero);
 }
 
-// Pack tokens first ... last - 1, which lie in one page, by the whole block. rows has unit_tokens * unit_width floats.
+// Pack tokens first ... last - 1, which lie in one page, by the whole block. rows has unit_tokens * unit_width floats,
+// keys what predict_values needs.
+template <bool PREDICTS>
 __device__ void pack_unit(const Source& from, int64_t first, int64_t last, const Target& to, float* rows,
-                          float* scratches) {
+                          float* scratches, float* keys) {
   const kv_layer& layer = from.view.layer;
   const kv_format& format = from.which ? layer.v : layer.k;
   const int dim = layer.head_dim, in_page = static_cast<int>(first % layer.block_size);
@@ -164,10 +171,13 @@ __device__ void pack_unit(const Source& from, int64_t first, int64_t last, const
   const bool token_axis = format.axis == KV_TOKEN;
   float* scratch = scratches + threadIdx.x / WARP * MAX_GROUP;
   const int tile = unit_width(format, dim);
+  const bool predicts = PREDICTS && from.which;
   for (int channel = 0; channel < dim; channel += tile) {
     const int width = dim - channel < tile ? dim - channel : tile;
+    if (predicts) predict_values(from.view, first, count, channel, width, keys, rows);
     for (int i = threadIdx.x; i < count * width; i += THREADS)
-      rows[i] = from.stored(first + i / width, channel + i % width);
+      rows[i] = predicts ? __fsub_rn(from.value(first + i / width, channel + i % width), rows[i])
+                         : from.stored(first + i / width, channel + i % width);
     if (format.hadamard) hadamard_rows(BlockTeam(), rows, count, dim, dim);
     __syncthreads();
     const int per_row = token_axis ? width / format.group : width;  // groups side by side
@@ -201,15 +211,18 @@ __device__ bool overwritten(const HeadView& view, int64_t logical, int64_t last,
   return false;
 }
 
-enum Work { PACK = 1, KEEP = 2 };
+enum Work { PACK = 1, KEEP = 2, KEYS = 4, VALUES = 8 };
 
 // Grid: (units, keys and values of each kv head, sequences). Each block packs every gridDim.x-th unit.
+template <bool PREDICTS>
 __global__ void __launch_bounds__(THREADS)
 append_kernel(const __grid_constant__ kv_layer layer, const __grid_constant__ kvrt_append_args args, int work) {
   KVRT_DYNAMIC_SHARED(shared);
   float* scratches = reinterpret_cast<float*>(shared);
-  float* rows = scratches + WARPS * MAX_GROUP;
+  float* keys = scratches + WARPS * MAX_GROUP;
+  float* rows = keys + (PREDICTS ? TILE * layer.head_dim : 0);
   const int which = blockIdx.y % 2;
+  if (!(work & (which ? VALUES : KEYS))) return;
   const HeadView view = {layer, args.cache, static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.y / 2)};
   const Source from(args, view, which);
   const kv_page_layout at = kv_layout_of(&layer);
@@ -227,7 +240,7 @@ append_kernel(const __grid_constant__ kv_layer layer, const __grid_constant__ kv
       uint8_t* slice = view.slice(page, at.head_bytes);
       const Target to = {slice + (which ? at.v_codes : at.k_codes), slice + (which ? at.v_scales : at.k_scales),
                          slice + (which ? at.v_zeros : at.k_zeros)};
-      pack_unit(from, first, last, to, rows, scratches);
+      pack_unit<PREDICTS>(from, first, last, to, rows, scratches, keys);
     }
   }
   if (!(work & KEEP) || layer.portable) return;
@@ -253,24 +266,28 @@ size_t shared_bytes(const kv_layer& layer) {
     return kv_is_exact(&format) ? 0 : unit_tokens(format) * unit_width(format, layer.head_dim);
   };
   const int rows = floats(layer.k) > floats(layer.v) ? floats(layer.k) : floats(layer.v);
-  return static_cast<size_t>(rows + WARPS * MAX_GROUP) * sizeof(float);
+  const int keys = layer.v_weight ? TILE * layer.head_dim : 0;
+  return static_cast<size_t>(rows + keys + WARPS * MAX_GROUP) * sizeof(float);
 }
 
 }  // namespace
 
 cudaError_t launch_append(const kv_layer& layer, const kvrt_append_args& args, cudaStream_t stream) {
-  const dim3 heads(1, static_cast<unsigned>(2 * layer.num_kv_heads), static_cast<unsigned>(args.cache.num_seqs));
-  if (args.max_new <= layer.block_size)
-    return KVRT_LAUNCH(append_kernel, heads, dim3(THREADS), shared_bytes(layer), stream, layer, args, PACK | KEEP);
-  dim3 units = heads;
+  const auto run = [&](int blocks, int work) {
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(2 * layer.num_kv_heads),
+                    static_cast<unsigned>(args.cache.num_seqs));
+    const auto kernel = layer.v_weight ? append_kernel<true> : append_kernel<false>;
+    return KVRT_LAUNCH(kernel, grid, dim3(THREADS), shared_bytes(layer), stream, layer, args, work);
+  };
+  const bool small = args.max_new <= layer.block_size;
   const int shortest = unit_tokens(layer.k) < unit_tokens(layer.v) ? unit_tokens(layer.k) : unit_tokens(layer.v);
-  units.x = static_cast<unsigned>((args.max_new + layer.block_size) / shortest + 1);
-  const size_t shared = shared_bytes(layer);
-  const cudaError_t status =
-      KVRT_LAUNCH(append_kernel, units, dim3(THREADS), shared, stream, layer, args, static_cast<int>(PACK));
-  if (status != cudaSuccess || layer.portable) return status;
-  units.x = 8;
-  return KVRT_LAUNCH(append_kernel, units, dim3(THREADS), shared, stream, layer, args, static_cast<int>(KEEP));
+  const int units = small ? 1 : (args.max_new + layer.block_size) / shortest + 1, pack = small ? PACK | KEEP : PACK;
+  const int given = (args.k ? KEYS : 0) | (args.v ? VALUES : 0);
+  cudaError_t status = cudaSuccess;
+  if (layer.v_weight && args.k) status = run(units, pack | KEYS);
+  const int rest = layer.v_weight ? given & ~KEYS : given;
+  if (status == cudaSuccess && rest) status = run(units, pack | rest);
+  return status != cudaSuccess || small || layer.portable ? status : run(8, KEEP | given);
 }
 
 }  // namespace kvrt

@@ -49,7 +49,7 @@ template <class Engine>
 __device__ __forceinline__ void attend_packed(const Task& task, Engine& engine, int split, int group_tile,
                                               float* partials, uint8_t* stages, float* running) {
   const AttendParams& params = task.params;
-  const PageRange range = pages_of_split(task, split);
+  const PageRange range = pages_of_split(task.view, task.visible, params.args, split);
   const int64_t last_chunk = range.last > range.first ? (range.last - 1 - range.base) / range.chunk : -1;
   const int64_t first_chunk = range.last > range.first ? (range.first - range.base) / range.chunk : 0;
   for (int64_t chunk = last_chunk; chunk >= first_chunk; chunk--) {
@@ -226,12 +226,17 @@ cudaError_t launch(Kernel kernel, AttendParams& params, int group_tile, int tens
 }  // namespace
 
 int64_t attend_workspace(const kv_layer& layer, int num_seqs, int splits) {
-  return static_cast<int64_t>(num_seqs) * layer.num_heads * (splits + 1) * partial_floats(layer.head_dim) *
+  kvrt_attend_args args = {};
+  args.cache.num_seqs = num_seqs, args.splits = splits;
+  const int64_t sums = layer.v_weight ? splits * key_sum_floats(layer) : 0;
+  return (key_sums_at(layer, args) + static_cast<int64_t>(num_seqs) * layer.num_heads * sums) *
          static_cast<int64_t>(sizeof(float));
 }
 
-cudaError_t launch_attend(const kv_layer& layer, const kvrt_attend_args& args, Cores cores, cudaStream_t stream) {
+cudaError_t launch_attend(const kv_layer& layer, const kvrt_attend_args& wanted, Cores cores, cudaStream_t stream) {
   AttendParams params = {};
+  kvrt_attend_args args = wanted;
+  if (layer.v_weight && !args.mass) args.mass = own_mass(layer, args), args.mass_stride = layer.rope_positions;
   params.layer = layer, params.args = args;
   params.mean = layer.k_mean && !layer.rope_before && !kv_is_exact(&layer.k);
   params.plan = plan_tile(layer, params.mean && !args.cache.positions);

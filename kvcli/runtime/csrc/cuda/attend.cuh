@@ -55,33 +55,6 @@ struct Task {
   }
 };
 
-// Pages of split `split`: first <= page < last, in chunks of `chunk` pages that begin at multiples of it from `base`.
-struct PageRange {
-  int64_t base, first, last, chunk;
-};
-
-__device__ __forceinline__ PageRange pages_of_split(const Task& task, int split) {
-  const kvrt_attend_args& args = task.params.args;
-  const int64_t block = task.params.layer.block_size;
-  const int64_t begin = task.visible.first_packed(task.view) / block;
-  const int64_t end = (task.visible.boundary + block - 1) / block;
-  PageRange range;
-  if (args.split_pages > 0) {
-    range.base = 0, range.chunk = args.split_pages;
-    range.first = static_cast<int64_t>(split) * args.split_pages;
-    range.last = split + 1 == args.splits ? end : range.first + args.split_pages;
-    if (range.first < begin) range.first = begin;
-    if (range.last > end) range.last = end;
-  } else {
-    const int64_t pages = end > begin ? end - begin : 0;
-    range.chunk = (pages + args.splits - 1) / args.splits;
-    range.base = begin;
-    range.first = begin + split * range.chunk;
-    range.last = range.first + range.chunk < end ? range.first + range.chunk : end;
-  }
-  return range;
-}
-
 __device__ __forceinline__ void wait_for_oldest(int stages) {
   if (stages == 4) ptx::cp_async_wait<2>();
   else if (stages == 3) ptx::cp_async_wait<1>();

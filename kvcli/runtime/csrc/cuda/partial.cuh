@@ -40,4 +40,50 @@ __device__ __forceinline__ float* partial_of(const kv_layer& layer, const kvrt_a
   return static_cast<float*>(args.workspace) + index * partial_floats(layer.head_dim);
 }
 
+// Behind the partials, where values are predicted from keys: weights of all slots that can be, [sequences][heads][slots],
+// which are used if the caller wants none, and sums of keys, [sequences][heads][splits][kv heads][head_dim].
+__host__ __device__ __forceinline__ int64_t own_mass_at(const kv_layer& layer, const kvrt_attend_args& args) {
+  return static_cast<int64_t>(args.cache.num_seqs) * layer.num_heads * (args.splits + 1) * partial_floats(layer.head_dim);
+}
+__host__ __device__ __forceinline__ int64_t key_sums_at(const kv_layer& layer, const kvrt_attend_args& args) {
+  const int64_t slots = layer.v_weight ? layer.rope_positions : 0;
+  return own_mass_at(layer, args) + static_cast<int64_t>(args.cache.num_seqs) * layer.num_heads * slots;
+}
+__host__ __device__ __forceinline__ int64_t key_sum_floats(const kv_layer& layer) {
+  return static_cast<int64_t>(layer.num_kv_heads) * layer.head_dim;
+}
+__host__ __device__ __forceinline__ float* own_mass(const kv_layer& layer, const kvrt_attend_args& args) {
+  return static_cast<float*>(args.workspace) + own_mass_at(layer, args);
+}
+__host__ __device__ __forceinline__ float* key_sums(const kv_layer& layer, const kvrt_attend_args& args) {
+  return static_cast<float*>(args.workspace) + key_sums_at(layer, args);
+}
+
+// Pages of split `split`: first <= page < last, in chunks of `chunk` pages that begin at multiples of it from `base`.
+struct PageRange {
+  int64_t base, first, last, chunk;
+};
+
+__device__ __forceinline__ PageRange pages_of_split(const HeadView& view, const Visible& visible,
+                                                    const kvrt_attend_args& args, int split) {
+  const int64_t block = view.layer.block_size;
+  const int64_t begin = visible.first_packed(view) / block;
+  const int64_t end = (visible.boundary + block - 1) / block;
+  PageRange range;
+  if (args.split_pages > 0) {
+    range.base = 0, range.chunk = args.split_pages;
+    range.first = static_cast<int64_t>(split) * args.split_pages;
+    range.last = split + 1 == args.splits ? end : range.first + args.split_pages;
+    if (range.first < begin) range.first = begin;
+    if (range.last > end) range.last = end;
+  } else {
+    const int64_t pages = end > begin ? end - begin : 0;
+    range.chunk = (pages + args.splits - 1) / args.splits;
+    range.base = begin;
+    range.first = begin + split * range.chunk;
+    range.last = range.first + range.chunk < end ? range.first + range.chunk : end;
+  }
+  return range;
+}
+
 }  // namespace kvrt

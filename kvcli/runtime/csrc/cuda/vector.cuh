@@ -85,7 +85,7 @@ __device__ void finish_rows(Team team, const HeadView& view, bool keys, KeyForm 
   const kv_layer& layer = view.layer;
   const kv_format& format = keys ? layer.k : layer.v;
   const int dim = layer.head_dim, half = dim / 2;
-  const float* mean = keys ? layer.k_mean : layer.v_mean;
+  const float* mean = keys ? layer.k_mean : layer.v_weight ? nullptr : layer.v_mean;  // else predictions hold it
   mean = mean && !kv_is_exact(&format) ? mean + view.head * dim : nullptr;
   if (format.hadamard) hadamard_rows(team, x, rows, dim, pitch);
   team.sync();
@@ -128,6 +128,27 @@ __device__ void finish_rows(Team team, const HeadView& view, bool keys, KeyForm 
     at[0] = a, at[half] = b;
   }
   team.sync();
+}
+
+// Decode tokens first ... first + count - 1 (of one page) of the keys or the values into rows[count][head_dim]: values
+// without what is predicted of them. Ends as finish_rows does.
+template <class Team>
+__device__ void decode_rows(Team team, const HeadView& view, bool keys, KeyForm form, int64_t first, int count,
+                            float* rows) {
+  const kv_layer& layer = view.layer;
+  const kv_page_layout at = kv_layout_of(&layer);
+  const kv_format& format = keys ? layer.k : layer.v;
+  const int dim = layer.head_dim, page = view.page(first / layer.block_size);
+  const int in_page = static_cast<int>(first % layer.block_size);
+  const uint8_t* slice = view.slice(page < 0 ? 0 : page, at.head_bytes);
+  const Sections sections = {slice + (keys ? at.k_codes : at.v_codes), slice + (keys ? at.k_scales : at.v_scales),
+                             slice + (keys ? at.k_zeros : at.v_zeros), static_cast<int>(kv_row_bytes(&format, dim))};
+  for (int i = team.rank(); i < count * (dim / 8); i += team.size()) {
+    float x[8] = {};
+    if (page >= 0) decode_eight(format, layer.page_dtype, dim, sections, in_page + i / (dim / 8), i % (dim / 8), x);
+    for (int j = 0; j < 8; j++) rows[i * 8 + j] = x[j];
+  }
+  finish_rows(team, view, keys, form, first, count, rows, dim);
 }
 
 }  // namespace kvrt
