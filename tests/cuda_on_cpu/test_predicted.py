@@ -117,15 +117,17 @@ def tensors_of(plan: CachePlan) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("own", "window"),
+    ("own", "window", "dtype"),
     [
-        ({"k": CHANNEL, "v": TOKEN}, None),
-        ({"k": TOKEN, "v": FINE, "transform": "hadamard", "rope": "before"}, 24),
-        ({"k": FINE, "v": TABLE, "transform": "hadamard", "center": True}, None),
+        ({"k": CHANNEL, "v": TOKEN}, None, torch.float32),
+        ({"k": TOKEN, "v": FINE, "transform": "hadamard", "rope": "before"}, 24, torch.float32),
+        ({"k": FINE, "v": TABLE, "transform": "hadamard", "center": True}, None, torch.bfloat16),
     ],
     ids=["channels", "sliding", "rotated"],
 )
-def test_layers_are_rebuilt_in_chunks(own: dict[str, Any], window: int | None, library: Emulated) -> None:
+def test_layers_are_rebuilt_in_chunks(
+    own: dict[str, Any], window: int | None, dtype: torch.dtype, library: Emulated
+) -> None:
     """Keys and values from those of the layer before, in chunks and token by token, against the plain reference."""
     told = (Source(0, "k"), Source(0, "v"))
     predictors = (ABSORBED, Predictor(Linear(told), Linear((Source(1, "k"), *told))))
@@ -135,7 +137,7 @@ def test_layers_are_rebuilt_in_chunks(own: dict[str, Any], window: int | None, l
     rope, tensors, chunks = rope_of(64), tensors_of(plan), (41, 1, 7, 1, 30, 1, 1)
     shape = LayerGeometry(2, 4, 64, kind, window)
     cache = NativeCache(plan, (shape,) * 2, capacity=sum(chunks), rope=rope, tensors=tensors, library=library)
-    plain, run = PackedCache(plan, rope=rope, tensors=tensors), RebuildingAttention(cache, max(chunks), torch.float32)
+    plain, run = PackedCache(plan, rope=rope, tensors=tensors), RebuildingAttention(cache, max(chunks), dtype)
     for step, count in enumerate(chunks):
         run.begin(torch.arange(sum(chunks)))
         for index in range(2):
@@ -145,7 +147,7 @@ def test_layers_are_rebuilt_in_chunks(own: dict[str, Any], window: int | None, l
             found = torch.full_like(expected, torch.nan).contiguous()
             run(index, 0, q, k, v, found)
             # a code now and then falls on the other side of its border
-            assert float((found - expected).abs().median()) < 2e-5
+            assert float((found - expected).abs().median()) < (2e-5 if dtype == torch.float32 else 4e-3)
             assert float((found - expected).norm() / expected.norm()) < 0.02
         cache.advance(count, 0)
     assert not run._kept
