@@ -223,8 +223,8 @@ def _check_weights(root: Path, sizes: Mapping[str, int]) -> None:
     weights = [name for name in headers if "/" not in name and fnmatchcase(name, WEIGHTS)]
     if not weights:
         raise InputError(f"{root} has no weights: neither model.safetensors nor model-*.safetensors.")
-    if "model.safetensors" in weights:
-        return
+    if "model.safetensors" in weights and INDEX not in sizes:
+        return  # as Transformers writes it
     if INDEX not in sizes:
         raise InputError(f"{root / INDEX} is missing, and the weights are in several files.")
     shards = _read_json(root / INDEX).get("weight_map")

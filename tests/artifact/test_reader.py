@@ -332,7 +332,15 @@ def test_a_mean_that_is_not_finite(artifact: Path, value: float) -> None:
 )
 def test_an_index_that_does_not_match_its_shards(artifact: Path, index: object, sentence: str) -> None:
     (artifact / "model.safetensors").rename(artifact / "model-00001-of-00001.safetensors")
+    file = artifact / "model.safetensors.index.json"
+    file.unlink()
     if index is not None:
-        (artifact / "model.safetensors.index.json").write_text(json.dumps(index))
+        file.write_text(json.dumps(index))
     relist(artifact)
     assert refusal(artifact).endswith(sentence)
+
+
+def test_an_index_that_does_not_match_the_one_file(artifact: Path) -> None:
+    (artifact / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "model.safetensors"}}))
+    relist(artifact)
+    assert refusal(artifact).endswith("places 'w' in 'model.safetensors', where it is not.")
