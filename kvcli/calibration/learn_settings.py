@@ -13,6 +13,7 @@ from kvcli.quant.format import KVFormat
 from kvcli.quant.weight_format import WeightFormat
 
 MAPS = ("r_res", "r_ov", "s_attn", "s_ffn", "s_qk", "s_ov", "s_ud")
+LEAST = 64  # tokens of a window
 STARTS = ("closed-form", "womi", "identity")
 
 
@@ -105,7 +106,7 @@ class LearnSettings:
         if self.start == "closed-form" and self.transform != "hadamard":
             raise InputError("learn: the start 'closed-form' counts on the rotation of transform: hadamard.")
         for name, least in {
-            "windows": 1, "tokens": 64, "held_out": 1, "steps": 0, "batch": 1, "check_every": 1, "patience": 1,
+            "windows": 1, "tokens": LEAST, "held_out": 1, "steps": 0, "batch": 1, "check_every": 1, "patience": 1,
         }.items():  # fmt: skip
             value = getattr(self, name)
             if type(value) is not int or value < least:

@@ -109,7 +109,7 @@ def apply(
     loaded.model.set_attn_implementation(ATTENTION)
     length = corpus.ids.shape[1] // settings.tokens * settings.tokens
     ids = corpus.ids[:, :length].reshape(-1, settings.tokens)[: settings.windows]
-    if len(ids) <= settings.held_out:
+    if settings.steps and len(ids) <= settings.held_out:
         raise UsageError(f"{len(ids)} windows are too few to hold {settings.held_out} out and learn from the rest.")
     source = {"model": loaded.sha256, "dtype": loaded.dtype, "data": corpus.sha256, "seed": seed}
     shared = {**source, "learn": {k: v for k, v in settings.to_json().items() if k not in _OF_LEARNING}}

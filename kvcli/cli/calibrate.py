@@ -147,7 +147,7 @@ def calibrate(
         quantized_weights,
         transforming,
     )
-    from kvcli.calibration.learn_settings import LearnSettings
+    from kvcli.calibration.learn_settings import LEAST, LearnSettings
     from kvcli.calibration.objectives import TaskObjective, task_name
     from kvcli.calibration.space import load_recipe
     from kvcli.calibration.stages import in_turn
@@ -197,7 +197,8 @@ def calibrate(
     if learn is not None:
         learn = learn.shortened(min(WINDOW, loaded.max_context))
         transforming.check(loaded, learn)
-        tokens = max(tokens, learn.windows * learn.tokens)
+        if learn.steps:  # closed forms make do with the text that is asked for
+            tokens = max(tokens, learn.windows * learn.tokens)
     stored = quantized_weights.WeightSettings(weights, weight_method)
     if weights != "none":
         quantized_weights.check(loaded, stored)
@@ -227,6 +228,11 @@ def calibrate(
             last = 100 * done / max(1, total)
 
         corpus = corpora.tokens(data, loaded, num_tokens=tokens, seed=seed, length=length, progress=report)
+    if learn is not None and not learn.steps:
+        most = min(corpus.ids.shape[1], corpus.ids.numel() // 2)
+        if most < LEAST:
+            say(f"Transforms are left out: the text has fewer than {2 * LEAST} tokens.")
+        learn = learn.shortened(most) if most >= LEAST else None
     fresh, about_weights, about_transforms, means = not resume, None, None, None
     ran: list[dict[str, Any]] = []
     if learn is not None:

@@ -197,4 +197,4 @@ def test_settings_survive_json() -> None:
     faithful = LearnSettings.of_recipe("faithful")
     assert faithful is not None
     assert LearnSettings.from_json(faithful.to_json()) == faithful
-    assert LearnSettings.of_recipe("balanced") is None
+    assert LearnSettings.of_recipe("fast") is None

@@ -293,7 +293,7 @@ def test_the_command_line_says_so_at_once(run_kvcli, tinystories, closed_port, t
 
 # --- the whole --------------------------------------------------------------------------------------------------------
 
-CALIBRATE = ("--bits", 4, "--context", 512, "--tokens", 2048, "--threads", 1)
+CALIBRATE = ("--bits", 4, "--context", 512, "--tokens", 2048, "--threads", 1, "--transforms", "none")
 
 
 @pytest.mark.slow

@@ -60,7 +60,10 @@ def test_eval_measures_against_another_model(pristine, tinystories, warm, text):
     words = (*text, "--json")
     own = json.loads(accepted(warm("eval", pristine, *words)))
     same = json.loads(accepted(warm("eval", pristine, "--against", tinystories, *words)))
-    assert same == own
+    # the artifact's weights have scales fused into them, and were rounded to float16 once more
+    assert same["ppl"]["value"] == own["ppl"]["value"]
+    assert same["ppl"]["reference"] == pytest.approx(own["ppl"]["reference"], rel=0.01)
+    assert same["kl"]["mean"] == pytest.approx(own["kl"]["mean"], rel=0.1)
 
 
 def test_eval_measures_against_a_model_of_another_depth(pristine, model, warm, text):

@@ -89,6 +89,19 @@ def test_a_model_whose_weights_are_quantised_does_without_closed_forms(
     assert "transforms" not in json.loads((folder / "again/report.json").read_text())
 
 
+def test_closed_forms_make_do_with_the_text_that_is_asked_for(
+    tinystories: Path, folder: Path, run_kvcli: Callable[..., Done]
+) -> None:
+    long = (
+        RECIPE.replace("steps: 2", "steps: 0").replace("windows: 6", "windows: 12").replace("tokens: 64", "tokens: 512")
+    )
+    (folder / "long.yaml").write_text(long)
+    accepted(run_kvcli(*closed_form(tinystories, "short", "--recipe", "long.yaml"), cwd=folder))
+    manifest = json.loads((folder / "short/kvcli.json").read_text())
+    assert manifest["calibration"]["tokens"] == 512
+    assert "transforms" in [x["name"] for x in manifest["stages"]]
+
+
 def test_learning_by_name_learns_also_where_the_recipe_takes_no_steps(
     tinystories: Path, folder: Path, run_kvcli: Callable[..., Done]
 ) -> None:

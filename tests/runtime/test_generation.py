@@ -126,8 +126,8 @@ def test_a_graph_is_recorded_while_the_cache_is_empty(subject: PackedModel) -> N
 
     generator: Any = Generator(subject, Sampling(max_tokens=3), backend="cpu")
     generator._runner = SimpleNamespace(
-        device=torch.device("cuda"), cache=SimpleNamespace(nbytes=0), resize=said("resize"), capture=said("capture"),
-        prefill=said("prefill", logits), decode=said("decode", logits[None]),
+        device=torch.device("cuda"), plan=subject.plan, cache=SimpleNamespace(nbytes=0), resize=said("resize"),
+        capture=said("capture"), prefill=said("prefill", logits), decode=said("decode", logits[None]),
     )  # fmt: skip
     assert generator.complete(PROMPT).completion_tokens == 3
     assert calls == ["resize", "capture", "prefill", "decode", "decode"]
