@@ -1,6 +1,6 @@
 """What the four methods are worth, alone and together, at 2.5, 3.25 and 4.25 effective bits.
 
-The methods: *transforms* (OSTQuant's, in closed form, beside Hadamard and centring; without them nothing is turned and
+The methods: *transforms* (the default recipe's closed forms, Hadamard and centring; without them nothing is turned and
 nothing is taken off), *search* (KVTuner's layer-wise pairs; without it one format for all keys and one for all values,
 the pair and the window that the measurements favour), *adapters* (AQUA-KV's predictors, mode ``always``), *weights*
 (linear layers in 4 bits, statistically pre-calibrated, without GPTQ).
@@ -54,7 +54,6 @@ from kvcli.runtime.runner import ModelRunner
 WINDOW, SEED, DECODED = 2048, 1, 4
 LEADING = 3  # plans that are compared on calibration text
 METHODS = ("transforms", "search", "adapters", "weights")
-CLOSED_FORM = replace(LearnSettings(), steps=0, windows=12, held_out=1)
 ALWAYS = AdapterSettings("always")
 
 
@@ -132,8 +131,10 @@ def prepare(methods: dict[str, bool], work: Path) -> Prepared:
     space = search_space("balanced", exact_layers(loaded))
     means: dict[str, Tensor] = {}
     if methods["transforms"]:
+        learn = LearnSettings.of_recipe("balanced")
+        assert learn is not None
         with clock("transforms"):
-            _, means, _ = transforming.apply(loaded, corpus, CLOSED_FORM, work / "t")
+            _, means, _ = transforming.apply(loaded, corpus, learn, work / "t")
     else:
         space = replace(space, transform="none", center=False)
     if methods["weights"]:

@@ -282,7 +282,7 @@ def _serving(found: Mapping[str, Any]) -> Iterator[str]:
             for x in found["results"]
         ],
     )  # fmt: skip
-    yield _made_by("python benchmarks/serving.py ARTIFACT --gguf MODEL.gguf", "serving.json")
+    yield _made_by("python benchmarks/serving.py ARTIFACT --llama-server PROGRAM --vllm-model FOLDER", "serving.json")
 
 
 def _attention(found: Mapping[str, Any]) -> Iterator[str]:

@@ -106,7 +106,8 @@ def ours(args: argparse.Namespace, rows: Rows, folder: Path) -> None:
         formats = " ".join(f"{x['k']['bits']}{x['v']['bits']}" for x in plan["layers"])
         kind = {"kind": "kvcli", "family": "kvcli", "name": name, "budget": float(bits)}
         seconds = time.monotonic() - began
-        rows.add({**kind, **found, **shared, "kv_bits_by_layer": formats, "seconds": seconds})
+        data = Path(args.data).name  # where it lies is nobody's business
+        rows.add({**kind, **found, **shared, "data": data, "kv_bits_by_layer": formats, "seconds": seconds})
 
 
 def theirs(args: argparse.Namespace, rows: Rows, groups: Sequence[str]) -> None:

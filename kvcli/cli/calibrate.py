@@ -190,9 +190,11 @@ def calibrate(
     placement = ModelSource(model, dtype, trust_remote_code, None if device_map == "none" else device_map)
     with progress("loading the model"):
         loaded = load(**vars(placement))
-    if learn is not None and not learn.steps and (elsewhere or transforming.is_quantized(loaded)):
+    short = loaded.max_context < LEAST
+    if learn is not None and not learn.steps and (elsewhere or short or transforming.is_quantized(loaded)):
         # the default must work on every model; what was asked for by name must not be left out in silence
-        say("Transforms are left out: they need unquantised weights in the memory of this process.")
+        need = f"windows of {LEAST} tokens" if short else "unquantised weights in the memory of this process"
+        say(f"Transforms are left out: they need {need}.")
         learn = None
     if learn is not None:
         learn = learn.shortened(min(WINDOW, loaded.max_context))
@@ -228,11 +230,6 @@ def calibrate(
             last = 100 * done / max(1, total)
 
         corpus = corpora.tokens(data, loaded, num_tokens=tokens, seed=seed, length=length, progress=report)
-    if learn is not None and not learn.steps:
-        most = min(corpus.ids.shape[1], corpus.ids.numel() // 2)
-        if most < LEAST:
-            say(f"Transforms are left out: the text has fewer than {2 * LEAST} tokens.")
-        learn = learn.shortened(most) if most >= LEAST else None
     fresh, about_weights, about_transforms, means = not resume, None, None, None
     ran: list[dict[str, Any]] = []
     if learn is not None:
