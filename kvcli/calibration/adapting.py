@@ -46,7 +46,7 @@ class AdapterSettings:
     """What is predicted from what, and how predictors are stored: see :func:`kvcli.calibration.aqua_kv.design`.
 
     With mode ``capacity`` nothing is predicted in the plan itself, and everything in a second one of ``capacity_bits``
-    effective bits; None for :data:`kvcli.calibration.capacity.BITS`.
+    effective bits; None for :data:`kvcli.calibration.capacity.BITS`. ``reason`` says why it is this mode.
     """
 
     mode: Literal["none", "absorbed", "always", "capacity"] = "none"
@@ -57,6 +57,7 @@ class AdapterSettings:
     bits: int = 16
     rank: int | None = None
     capacity_bits: float | None = None
+    reason: str = ""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -68,6 +69,8 @@ class AdapterSettings:
         for name in ("star", "both"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"adapters: {name} must be true or false.")
+        if not isinstance(self.reason, str):
+            raise InputError("adapters: reason is no text.")
         if self.bits not in (4, 8, 16):
             raise InputError(f"adapters: bits {self.bits} is not one of 4, 8 and 16.")
         bits = self.capacity_bits
@@ -100,7 +103,7 @@ class AdapterSettings:
         """Return a plan with these predictors."""
         if not self.predicts:
             return plan
-        how = {name: x for name, x in asdict(self).items() if name != "capacity_bits"}
+        how = {name: x for name, x in asdict(self).items() if name not in ("capacity_bits", "reason")}
         return replace(plan, layers=tuple(aqua_kv.design(plan.layers, **how)))
 
 

@@ -179,7 +179,7 @@ def calibrate(
         check_ray(ray)
     predicted = adapting.AdapterSettings() if preset is not None else adapting.AdapterSettings.of_recipe(recipe)
     if adapters != "recipe":
-        predicted = replace(predicted, mode=adapters)
+        predicted = replace(predicted, mode=adapters, reason="asked for by --adapters")
     if capacity_bits is not None:
         predicted = replace(predicted, capacity_bits=pipeline.Budget(capacity_bits, 1).bits)
         if predicted.mode != "capacity":
@@ -258,6 +258,7 @@ def calibrate(
     fixed_plan = preset is not None or search != "surrogate"
     adapting.apply(loaded, corpus, found, predicted, fixed=fixed_plan, show=progress)
     capacity.apply(loaded, corpus, found, predicted, show=progress)
+    found.report["mode"] = {"adapters": predicted.mode, "reason": predicted.reason or "as the recipe or the preset says"}
     if found.stages.resumed:
         say(f"Resumed: {', '.join(found.stages.resumed)} taken from an earlier run.")
     if about_weights is not None:

@@ -116,8 +116,10 @@ def _checked(source: str, parts: Iterator[Section]) -> list[Section]:
 
 def _calibrated(artifact: Artifact) -> Iterator[Section]:
     report, plan = artifact.report, artifact.plan
+    mode = report.get("mode")
+    predicted = f" Predictors: {mode['adapters']}, {mode['reason']}." if mode else ""
     yield Section(
-        "bits", "Bits of keys and values by layer", "Bits of a code, without scales; 16 is exact.",
+        "bits", "Bits of keys and values by layer", "Bits of a code, without scales; 16 is exact." + predicted,
         ("layer", "kind", "K bits", "V bits", "K format", "V format"),
         tuple((i, x.kind, x.k.bits, x.v.bits, str(x.k), str(x.v)) for i, x in enumerate(plan.layers)),
     )  # fmt: skip

@@ -98,13 +98,16 @@ def test_solve_needs_the_moments(predicting, warm, tmp_path):
 
 def test_a_recipe_may_predict_and_the_option_has_the_last_word(warm, tinystories, small, tmp_path):
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("search: fast\nadapters: {mode: always, depth: 1, bits: 8}\n")
+    recipe.write_text("search: fast\nadapters: {mode: always, depth: 1, bits: 8, reason: for a test}\n")
     words = ("calibrate", tinystories, "--bits", 4, *small, "--recipe", recipe, "--json")
     accepted(warm(*words, "-o", tmp_path / "A"))
     layers = json.loads((tmp_path / "A/kvcli.json").read_text())["plan"]["layers"]
     assert layers[1]["predictor"]["k"] == {"inputs": ["0.k", "0.v"], "bits": 8, "rank": None}
     accepted(warm(*words, "--adapters", "none", "-o", tmp_path / "B"))
-    assert "adapters" not in json.loads((tmp_path / "B/report.json").read_text())
+    reports = [json.loads((tmp_path / x / "report.json").read_text()) for x in ("A", "B")]
+    assert reports[0]["mode"] == {"adapters": "always", "reason": "for a test"}
+    assert reports[1]["mode"] == {"adapters": "none", "reason": "asked for by --adapters"}
+    assert "adapters" not in reports[1]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,7 @@ def test_a_recipe_may_predict_and_the_option_has_the_last_word(warm, tinystories
         ("{mode: always, depth: 0}", "depth must be a whole number"),
         ("{mode: always, both: 1}", "both must be true or false"),
         ("{mode: always, bits: 5}", "bits 5 is not one of"),
+        ("{mode: always, reason: 3}", "reason is no text"),
         ("{mode: always, layers: 3}", "adapters has no 'layers'"),
     ],
 )

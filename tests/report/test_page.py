@@ -56,6 +56,7 @@ REPORT = {
     "front": {
         "nominal": False, "context": 512, "evaluations": 7, "points": [{"bits": 3.3, "loss": 0.123456789}],
     },
+    "mode": {"adapters": "always", "reason": "<b>asked</b> for"},
     "adapters": {
         "left": {"10.k": 1 / 7, "2.v": 1 / 9}, "ridge": {"10.k": 1e-3, "2.v": 1e-2},
         "kl": {"none": 0.2, "always": 0.1}, "model_bytes": 5,
@@ -160,6 +161,12 @@ def test_peers_are_those_of_the_benchmark_and_only_for_its_model(artifact):
     drawn = dict(zip(scale["domain"], scale["range"], strict=True))
     assert len({drawn[x] for x in {x[0] for x in own}}) == len({x[0] for x in own})
     assert "benchmarks/results/fidelity.json" in pareto.note
+
+
+def test_why_predictors_are_used_so_stands_beside_the_bits(artifact, evaluation):
+    (bits,) = (x for x in sections(artifact, evaluation) if x.name == "bits")
+    assert bits.note.endswith("Predictors: always, <b>asked</b> for.")
+    assert "<b>asked" not in render(artifact, evaluation)
 
 
 def test_what_a_plan_costs_is_measured_or_predicted():
