@@ -52,6 +52,23 @@ def test_it_is_evaluated_and_decoded(int4, warm, text):
     assert said[0][:8] == said[1][:8] != ""
 
 
+@pytest.mark.parametrize(("kind", "codes"), [("nf4", "uint8"), ("llm-int8", "int8")])
+def test_bitsandbytes_weights_are_stored_evaluated_and_decoded(kind, codes, tinystories, warm, small, text, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path / kind
+    done = warm("calibrate", tinystories, "--bits", 5, *small, "--weights", kind, "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        assert str(file.get_tensor("model.layers.1.mlp.down_proj.weight").dtype) == f"torch.{codes}"
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "bitsandbytes"
+    found = warm("eval", out, *text, "--json")
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["kl"]["mean"] < 0.5
+    done = warm("generate", out, "Once upon a time", "--max-tokens", 6)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
 def test_it_is_a_model_to_calibrate_again_but_not_to_quantise_again(int4, warm, small, out):
     done = warm("calibrate", int4, "--bits", 6, *small, "-o", out, "--json")
     assert done.returncode == 0, done.stderr
