@@ -104,7 +104,8 @@ class AdapterSettings:
         if not self.predicts:
             return plan
         how = {name: x for name, x in asdict(self).items() if name not in ("capacity_bits", "reason")}
-        return replace(plan, layers=tuple(aqua_kv.design(plan.layers, **how)))
+        early = [i for i in range(len(plan.layers)) if plan.is_portable(i)]
+        return replace(plan, layers=tuple(aqua_kv.design(plan.layers, **how, early=early)))
 
 
 def on_residuals(found: Sensitivity, left: Mapping[str, float]) -> Sensitivity:

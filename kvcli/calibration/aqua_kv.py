@@ -17,7 +17,7 @@ before RoPE (after any QK-norm), all heads side by side. Departures:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -47,7 +47,7 @@ HELD_OUT = 8  # of so many windows one chooses the ridge
 
 def design(
     layers: Sequence[LayerPlan], mode: Mode, *, depth: int = DEPTH, back: int = 1, star: bool = False,
-    both: bool = True, bits: int = 16, rank: int | None = None,
+    both: bool = True, bits: int = 16, rank: int | None = None, early: Collection[int] = (),
 ) -> list[LayerPlan]:  # fmt: skip
     """Return layers with their predictors.
 
@@ -68,6 +68,8 @@ def design(
         Whether keys and values of the anchors are read, or only their keys for keys and their values for values.
     bits, rank
         How predictors are stored.
+    early
+        Layers that pack a token at once, and so read none that wait for a block: a plan's portable ones.
 
     Raises
     ------
@@ -84,7 +86,7 @@ def design(
         alike = seen.setdefault((layer.kind, layer.window), [])
         step = len(alike) % back if star else back
         stop = max(0, len(alike) - step + 1) if step and mode == "always" else 0
-        anchors = alike[max(0, stop - depth) : stop][::-1]
+        anchors = [x for x in alike[max(0, stop - depth) : stop][::-1] if i not in early or x in early]
         alike.append(i)
         k = [Source(a, w) for a in anchors for w in WHICH if both or w == "k"]
         v = [Source(i, "k"), *(Source(a, w) for a in anchors for w in WHICH if both or w == "v")]

@@ -58,10 +58,13 @@ class WeightSettings:
         ``int3``, ``int4`` and ``int8`` are AutoGPTQ's layout; ``nf4`` and ``llm-int8`` are bitsandbytes'.
     method
         How grids and codes of AutoGPTQ's layout are chosen.
+    symmetric
+        In AutoGPTQ's layout, whether all zero points are the middle code: vLLM reads no others.
     """
 
     kind: Kind = "int4"
     method: Method = "precalibrated+gptq"
+    symmetric: bool = False
 
 
 def common_group(widths: Sequence[int], most: int = GROUP) -> int:
@@ -300,8 +303,10 @@ def check(loaded: LoadedModel, settings: WeightSettings) -> WeightFormat | None:
     InputError
         If the model's weights are quantised already, or a layer does not fit the format.
     UsageError
-        If the model is not in memory whole, or bitsandbytes is not installed.
+        If the model is not in memory whole, bitsandbytes is not installed, or its formats are to be symmetric.
     """
+    if settings.symmetric and settings.kind not in BITS:
+        raise UsageError(f"--weight-symmetric is for --weights {', '.join(BITS)}, not {settings.kind}.")
     if loaded.quantized is not None:
         raise InputError(f"{loaded.source}: its weights are quantised already; leave out --weights.")
     if loaded.offload is not None or any(x.is_meta for x in loaded.model.parameters()):
@@ -310,7 +315,7 @@ def check(loaded: LoadedModel, settings: WeightSettings) -> WeightFormat | None:
         if settings.kind == "nf4":
             stored.library()
         return None
-    fmt = WeightFormat(BITS[settings.kind], common_group(_widths(loaded)))
+    fmt = WeightFormat(BITS[settings.kind], common_group(_widths(loaded)), settings.symmetric)
     for i in range(len(loaded.geometry)):
         for name in (x for names in MATRICES for x in names):
             full = f"model.layers.{i}.{name}"

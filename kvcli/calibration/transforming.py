@@ -34,6 +34,7 @@ from kvcli.quant.transforms import hadamard
 from kvcli.runtime.packed_cache import ATTENTION
 
 CHECKED = 128  # tokens on which the function is compared before and after
+SPREAD = 4  # windows of which QSUR is taken, and means that are only counted from
 # of the largest logit; a model is as sensitive to how its weights are rounded as its dtype is coarse
 TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}
 WHICH: tuple[Which, Which] = ("k", "v")
@@ -113,12 +114,14 @@ def apply(
         raise UsageError(f"{len(ids)} windows are too few to hold {settings.held_out} out and learn from the rest.")
     source = {"model": loaded.sha256, "dtype": loaded.dtype, "data": corpus.sha256, "seed": seed}
     shared = {**source, "learn": {k: v for k, v in settings.to_json().items() if k not in _OF_LEARNING}}
-    spread_of = {**source, "windows": len(ids), "tokens": ids.shape[1], "sinks": settings.sink_tokens}
+    # weighted means do not depend on the plain ones they are counted from, so these need little text
+    few = ids[:SPREAD] if settings.means else ids
+    spread_of = {**source, "windows": len(few), "tokens": ids.shape[1], "sinks": settings.sink_tokens}
     stages = Stages.beside(out, fresh=fresh, show=show)
     with stages:
         spread = stages.run(
-            "spread", lambda step: _spread(loaded, plan, ids, step),
-            description="means and covariances", settings=spread_of, steps=len(ids),
+            "spread", lambda step: _spread(loaded, plan, few, step),
+            description="means and covariances", settings=spread_of, steps=len(few),
         )  # fmt: skip
         moments = _moments(spread, len(plan.layers))
         plain: list[dict[Which, Tensor]] = [{w: own[w].mean for w in WHICH} for own in moments]

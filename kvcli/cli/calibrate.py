@@ -83,6 +83,10 @@ def calibrate(
         Literal["rtn", "precalibrated", "gptq", "precalibrated+gptq"],
         option("--weight-method", help="How int3, int4 and int8 weights are chosen; gptq reads the calibration text."),
     ] = "precalibrated+gptq",
+    weight_symmetric: Annotated[
+        bool,
+        option("--weight-symmetric", help="Keep zero points of int weights in the middle: vLLM reads no others."),
+    ] = False,
     adapters: Annotated[
         Literal["recipe", "none", "absorbed", "always", "capacity"],
         option(
@@ -201,8 +205,8 @@ def calibrate(
         transforming.check(loaded, learn)
         if learn.steps:  # closed forms make do with the text that is asked for
             tokens = max(tokens, learn.windows * learn.tokens)
-    stored = quantized_weights.WeightSettings(weights, weight_method)
-    if weights != "none":
+    stored = quantized_weights.WeightSettings(weights, weight_method, weight_symmetric)
+    if weights != "none" or weight_symmetric:
         quantized_weights.check(loaded, stored)
     context = context or min(loaded.max_context, 8192)
     geometry = pipeline.exact_layers(loaded)
@@ -258,7 +262,8 @@ def calibrate(
     fixed_plan = preset is not None or search != "surrogate"
     adapting.apply(loaded, corpus, found, predicted, fixed=fixed_plan, show=progress)
     capacity.apply(loaded, corpus, found, predicted, show=progress)
-    found.report["mode"] = {"adapters": predicted.mode, "reason": predicted.reason or "as the recipe or the preset says"}
+    reason = predicted.reason or "as the recipe or the preset says"
+    found.report["mode"] = {"adapters": predicted.mode, "reason": reason}
     if found.stages.resumed:
         say(f"Resumed: {', '.join(found.stages.resumed)} taken from an earlier run.")
     if about_weights is not None:

@@ -62,7 +62,7 @@ def gptq_config(fmt: WeightFormat, *, damping: float | None = None) -> dict[str,
     """Return the quantization_config of layers in one format; ``damping`` is GPTQ's, if that chose the codes."""
     return {
         "quant_method": "gptq", "checkpoint_format": "gptq", "bits": fmt.bits, "group_size": fmt.group,
-        "desc_act": False, "sym": False, "static_groups": True, "true_sequential": True, "lm_head": False,
+        "desc_act": False, "sym": fmt.symmetric, "static_groups": True, "true_sequential": True, "lm_head": False,
         "pack_dtype": "int32", "damp_percent": damping or 0.01, "is_marlin_format": False,
         "meta": {"quantizer": [f"kvcli:{kvcli.__version__}"]},
     }  # fmt: skip

@@ -28,10 +28,13 @@ class WeightFormat:
         3, 4 or 8.
     group
         Inputs that share a scale (float16) and a zero point (``bits``).
+    symmetric
+        Zero points are all the middle code, which some readers ask for.
     """
 
     bits: int = 4
     group: int = 128
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -69,6 +72,9 @@ class WeightFormat:
         Zero lies on the grid. The zero point is at least 1, because the layout keeps it less one.
         """
         low, high = low.clamp(max=0), high.clamp(min=0)
+        if self.symmetric:
+            scale = (2 * torch.maximum(high, -low) / self.levels).clamp(min=2.0**-14).half().float()
+            return scale, torch.full_like(scale, (self.levels + 1) // 2)
         scale = ((high - low) / self.levels).clamp(min=2.0**-14).half().float()
         return scale, (-low / scale).round().clamp(1, self.levels)
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from kvcli.calibration import aqua_kv, corpora
+from kvcli.calibration.adapting import AdapterSettings
 from kvcli.calibration.aqua_kv import design, distortion, fit, fit_in_order, predictions, split, statistics
 from kvcli.calibration.pipeline import exact_layers, moments
 from kvcli.calibration.sensitivity import Probe
-from kvcli.errors import UsageError
+from kvcli.errors import InputError, UsageError
 from kvcli.models.loading import LoadedModel, load
 from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
@@ -54,6 +55,19 @@ def test_anchors(fields: dict[str, Any], keys: list[str], values: list[str] | No
     assert values is None or [" ".join(x) for x in reads(found, "v")] == values
     assert all(x.rope == "before" for x in found)
     CachePlan(tuple(found))
+
+
+def test_layers_that_pack_at_once_do_not_read_those_that_wait() -> None:
+    blocks = replace(LAYER, k=KVFormat(2, axis="channel", group=16))
+    plan = CachePlan((LAYER, blocks, LAYER, LAYER, blocks))
+    with pytest.raises(InputError, match="layer 2 packs tokens before"):
+        CachePlan(tuple(design(plan.layers, "always")))
+    found = AdapterSettings("always").applied(plan)
+    assert [" ".join(x) for x in reads(list(found.layers), "k")] == [
+        "", "0.k 0.v", "0.k 0.v", "2.k 2.v", "3.k 3.v 2.k 2.v",
+    ]  # fmt: skip
+    waiting = replace(plan, residual_window=16)  # where all wait, all are read
+    assert reads(list(AdapterSettings("always").applied(waiting).layers), "k")[2] == ["1.k", "1.v", "0.k", "0.v"]
 
 
 def test_kinds_are_not_mixed_and_exact_tensors_left_alone() -> None:

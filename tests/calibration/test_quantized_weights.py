@@ -116,6 +116,18 @@ def test_the_model_becomes_what_is_stored(kind, loaded, corpus, tmp_path):
         check(done, WeightSettings())
 
 
+def test_symmetric_weights_have_one_zero_point_and_say_so(loaded, corpus, tmp_path):
+    with pytest.raises(UsageError, match="--weight-symmetric is for --weights int3, int4, int8, not nf4"):
+        check(loaded, WeightSettings("nf4", symmetric=True))
+    settings = WeightSettings("int4", "precalibrated", symmetric=True)
+    done, _, report = quantize(loaded, corpus, settings, tmp_path / "out")
+    assert done.quantized is not None
+    assert done.quantized.config["sym"] is True
+    for layer in done.quantized.layers.values():
+        assert (layer.tensors["qzeros"] == 0x77777777).all()  # less one
+    assert all(x["kl_after"] <= x["kl_before"] for x in report["layers"])
+
+
 def test_finished_layers_are_taken_from_an_interrupted_run(loaded, corpus, tinystories, tmp_path, monkeypatch):
     settings = WeightSettings("int4", "precalibrated+gptq")
     other, whole, _ = quantize(load(str(tinystories), dtype="float32"), corpus, settings, tmp_path / "other")

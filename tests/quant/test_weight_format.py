@@ -56,6 +56,18 @@ def test_the_layout_is_a_bit_stream_down_each_output_and_zeros_are_less_one(bits
         assert sum(bit(stored["qzeros"][group], out * bits + b) << b for b in range(bits)) == int(zero[out, group]) - 1
 
 
+@given(st.sampled_from(BITS), st.integers(0, 99))
+@settings(deadline=None, max_examples=20)
+def test_symmetric_grids_have_the_middle_for_zero(bits, seed):
+    fmt = WeightFormat(bits, 32, symmetric=True)
+    weight = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(seed))
+    scale, zero = fmt.grid(*weight.aminmax(dim=-1, keepdim=True))
+    assert (zero == 2 ** (bits - 1)).all()
+    rounded = fmt.decode(fmt.encode(weight, scale, zero), scale, zero)
+    assert ((rounded - weight).abs() <= scale * 0.57).all()  # half a step, and what float16 takes off 128 of them
+    assert torch.equal(fmt.encode(torch.zeros_like(weight), scale, zero), zero.expand_as(weight))
+
+
 def test_g_idx_may_name_groups_in_any_order():
     fmt = WeightFormat(4, 32)
     codes, scale, zero = parts(fmt, 8, 2)
