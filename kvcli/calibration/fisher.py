@@ -160,7 +160,10 @@ def _backward(
     layers = [TrainingLayer(plan, i, storing(own)) for i, own in enumerate(seen)]
     hidden = run_layers(model, embed(model, window[None]), OnePassCache(list(layers)), 0)
     log_p = model.lm_head(hidden)[0, min(FIRST, len(window) // 2) :].float().log_softmax(-1)
-    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+    # by the inverse of the distribution: multinomial would draw a random number for every token of the vocabulary
+    below = log_p.detach().exp().cumsum(-1)
+    uniform = torch.rand((len(below), 1), generator=generator).to(below)
+    drawn = torch.searchsorted(below, uniform * below[:, -1:]).clamp_(max=below.shape[-1] - 1)
     log_p.gather(-1, drawn).sum().backward()
     return seen
 

