@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -48,10 +48,17 @@ class Measuring:
     stages: Stages
     source: dict[str, Any]
     run: Run
+    _check: Probe | None = field(default=None, init=False)
 
     def probe(self, ids: Tensor) -> Probe:
         """Return the model on these windows."""
         return Probe(self.loaded.model, ids, self.loaded.rope, self.tensors)
+
+    def check(self, ids: Tensor) -> Probe:
+        """Return :func:`check_probe`, the same at every call, so that the exact model runs on it once."""
+        if self._check is None:
+            self._check = check_probe(self.loaded, ids, self.tensors)
+        return self._check
 
     def costs(self, ids: Tensor) -> Sensitivity:
         """Measure layers and settings on the first windows."""
@@ -65,7 +72,7 @@ class Measuring:
             settings={**shared, "windows": PROBE_WINDOWS, "tokens": PROBE_TOKENS},
         )  # fmt: skip
         plans = sensitivity.setting_plans(space, self.geometry, dtype)
-        check = check_probe(self.loaded, ids, self.tensors)
+        check = self.check(ids)
         measured = self.stages.map(
             "settings", partial(sensitivity.measure_plan, check), [x.to_json() for x in plans.values()],
             description="sinks, window and page size", inputs=inputs, run=self.run,

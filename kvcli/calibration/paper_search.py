@@ -18,7 +18,6 @@ from kvcli.calibration.measuring import (
     PROBE_TOKENS,
     PROBE_WINDOWS,
     Measuring,
-    check_probe,
 )
 from kvcli.calibration.objectives import TaskObjective, TaskScorer
 from kvcli.calibration.refine import Tried, predicted
@@ -100,7 +99,7 @@ def search(
         },
     ))  # fmt: skip
     groups = kvtuner.group(errors, space, geometry)
-    check = check_probe(work.loaded, ids, work.tensors)
+    check = work.check(ids)
     settings: dict[str, Any] = {
         "sampler": sampler, "trials": trials, "seed": seed, "cap": budget.bits, "context": budget.context,
         "nominal": budget.nominal, "windows": CHECK_WINDOWS, "tokens": ids.shape[1],

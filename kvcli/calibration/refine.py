@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from kvcli.calibration.measuring import Measuring, check_probe
+from kvcli.calibration.measuring import Measuring
 from kvcli.calibration.sensitivity import TENSORS, Cost, Sensitivity, Which
 from kvcli.calibration.space import Setting
 from kvcli.calibration.surrogate import Frontier, Solution, solve
 from kvcli.plan import CachePlan
 from kvcli.quant.format import KVFormat
 
-LEADING = 4  # settings whose best plans are measured
+LEADING = 3  # settings whose best plans are measured
 LOW_BITS = 2  # formats of at most so many bits are weighed apart
 
 
@@ -105,7 +105,7 @@ def search(
     BudgetError
         If no plan meets the budget.
     """
-    check = check_probe(work.loaded, ids, work.tensors)
+    check = work.check(ids)
 
     def tried(name: str, solutions: list[Solution], description: str) -> list[Tried]:
         costs = work.plans(name, check, [s.plan for s in solutions], description)

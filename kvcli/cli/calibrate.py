@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from kvcli.cli.allocator import keep_memory
 from kvcli.cli.console import emit, progress, say
 from kvcli.cli.options import JsonFlag, SeedOption, TaskData, TaskItems, ThreadsOption, TrustRemoteCode, option
 from kvcli.cli.shared import plan_summary, show_plan
@@ -226,7 +225,6 @@ def calibrate(
         corpora.sources(data, loaded, num_tokens=tokens, seed=seed, length=length)
         _say_plan(loaded, budget, formats, settings, recipe, data, tokens, json)
         return
-    keep_memory()
     with progress("reading calibration text", total=100) as bar:
         last = 0.0
 

@@ -320,3 +320,32 @@ def test_emit_prints_one_line_of_plain_json(capsys):
 def test_a_table_is_not_cut_off_in_a_pipe(capsys):
     console.table(("name", "text"), [("a", "[b]" + "x" * 300), ("c", 5)])
     assert "[b]" + "x" * 300 in capsys.readouterr().out
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+FAULTS = """
+import resource, sys
+import kvcli.cli.main as cli
+cli._run = lambda words: torch_faults()
+
+def torch_faults():
+    import torch
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return 0
+
+cli.main([])
+"""
+
+
+@pytest.mark.skipif("[never]" in (HUGE.read_text() if HUGE.exists() else "[never]"), reason="no huge pages here")
+def test_large_tensors_lie_on_huge_pages():
+    plain, own = (
+        int(subprocess.run([sys.executable, "-c", FAULTS], env={**os.environ, "THP_MEM_ALLOC_ENABLE": x},
+                           capture_output=True, check=True).stdout)
+        for x in ("0", "1")
+    )  # fmt: skip
+    env = {x: y for x, y in os.environ.items() if x != "THP_MEM_ALLOC_ENABLE"}
+    found = int(subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, check=True).stdout)
+    assert found < 2 * own < plain
