@@ -245,6 +245,76 @@ def _adapters(found: Mapping[str, Any]) -> Iterator[str]:
     yield _made_by("python benchmarks/adapters.py --data wiki.test.raw", "adapters.json")
 
 
+def _composition(found: Mapping[str, Any]) -> Iterator[str]:
+    yield "## The methods alone and together\n"
+    yield prose(
+        "Search: KVTuner's pairs, layer by layer. Transforms: scales and means in closed form, Hadamard rotations.",
+        "Predictors: `--adapters always`. Weights: 4 bits, pre-calibrated: then the loss is that of weights and",
+        f"cache together. {found['results'][0]['windows']} windows of {found['data']}; the weights of all are rotated",
+        "once, at random, before anything else. Decoding is that of one thread at 2048 tokens, calibration is",
+        "processor time; a cache's bits do not count what is held once a model.",
+    )
+    rows = [
+        (
+            " + ".join({"adapters": "predictors"}.get(y, y) for y in x["methods"]) or "none",
+            f"{x['effective_bits']:.3f}", small(x["kl"]["mean"]), small(x["kl"]["p99"]), small(x["kl"]["p999"]),
+            signed(x["ppl"]["delta_pct"]), f"{100 * x['flips']['rate']:.1f}", size(x["model_bytes"]),
+            f"{1e3 * x['decode_s']:.0f}", f"{x['calibration_s'] / 60:.0f}",
+        )
+        for x in sorted(found["results"], key=lambda x: (-x["budget"], len(x["methods"])))
+    ]  # fmt: skip
+    yield table(
+        (
+            "methods", "effective bits", "mean KL, nats", "KL 99 %", "KL 99.9 %", "perplexity, %", "top-1 flips, %",
+            "bytes a model", "decode, ms", "calibration, min",
+        ),
+        rows,
+    )  # fmt: skip
+    yield _made_by(f"python benchmarks/composition.py --data {found['data']}", "composition.json")
+
+
+def _capacity(found: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Idle sequences\n"
+    yield prose(
+        "`--adapters capacity` packs what nobody uses again, with full predictors, and expands it when it is resumed.",
+        f"Text of {found['data']}, {found['windows']} windows of each length; the loss is that of the tokens after it,",
+        f"against the sequence that was left alone. Medians of {found['rounds']} rounds,",
+        f"{found['machine']['threads']} threads.",
+    )
+    rows = [
+        (
+            str(x["tokens"]), f"{x['bits']['running']:.2f}", f"{x['bits']['idle']:.2f}", small(x["kl"]["mean"]),
+            f"{100 * x['flips']['rate']:.1f}", f"{x['seconds']['demote']:.2f}", f"{x['seconds']['promote']:.2f}",
+            f"{x['ratios']['prefill / promote']:.1f}",
+        )
+        for x in found["results"]
+    ]  # fmt: skip
+    yield table(
+        (
+            "tokens", "bits running", "bits idle", "mean KL, nats", "top-1 flips, %", "packing, s", "resuming, s",
+            "resuming is × as fast as prefill",
+        ),
+        rows,
+    )  # fmt: skip
+    yield _made_by("python benchmarks/capacity.py", "capacity.json")
+
+
+def _soak(found: Mapping[str, Any]) -> Iterator[str]:
+    yield "## A server under load\n"
+    settings, checks = found["settings"], found["checks"]
+    held = [x.replace("_", " ") for x, y in checks.items() if y]
+    failed = [x.replace("_", " ") for x, y in checks.items() if not y]
+    yield prose(
+        f"{settings['clients']} clients stream for {settings['minutes']:g} minutes from a pool of",
+        f"{settings['memory']}, and a fifth of them vanish half-way:",
+        f"{found['finished']} answers finished, {found['different']} of them different from the answer alone, {found['vanished']} left,",
+        f"{found['last_metrics']['kvcli_preemptions_total']:.0f} preemptions; memory in the last quarter",
+        f"{found['memory_growth']:.3f} times that in the second. Holds: {', '.join(held)}.",
+        *([f"Does not hold: {', '.join(failed)}."] if failed else []),
+    )
+    yield _made_by(f"python benchmarks/soak.py ARTIFACT --minutes {settings['minutes']:g}", "soak.json")
+
+
 def _decode(found: Mapping[str, Any]) -> Iterator[str]:
     yield "## Speed of decoding and prefill\n"
     yield prose(
@@ -305,8 +375,11 @@ def _attention(found: Mapping[str, Any]) -> Iterator[str]:
 _SECTIONS = (
     ("evidence", _evidence),
     ("fidelity", _peers),
+    ("composition", _composition),
     ("adapters", _adapters),
+    ("capacity", _capacity),
     ("decode", _decode),
     ("serving", _serving),
+    ("soak", _soak),
     ("attention", _attention),
 )

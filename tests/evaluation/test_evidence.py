@@ -217,6 +217,45 @@ def test_what_was_measured_stands_on_the_page(tmp_path):
     assert "##" not in re.sub(r"^## (Bits and bytes|Perplexity, KL and flips|KL along.*|Tasks)$", "", shown, flags=re.M)
 
 
+MORE = {
+    "composition": {
+        "data": "d.txt", "results": [
+            {
+                "methods": names, "budget": 3.25, "windows": 2, "effective_bits": 3.2, "model_bytes": 2**20,
+                "kl": {"mean": 0.5, "p99": 1.0, "p999": 2.0}, "ppl": {"delta_pct": 3.0}, "flips": {"rate": 0.25},
+                "decode_s": 0.05, "calibration_s": 120.0,
+            }
+            for names in (["search", "adapters"], [])
+        ],
+    },
+    "capacity": {
+        "data": "d.txt", "windows": 2, "rounds": 5, "machine": {"threads": 2}, "results": [{
+            "tokens": 1024, "bits": {"running": 3.5, "idle": 2.5, "16 bits": 16.0}, "kl": {"mean": 0.0125},
+            "flips": {"rate": 0.05}, "seconds": {"demote": 0.5, "promote": 0.25}, "ratios": {"prefill / promote": 12.0},
+        }],
+    },
+    "soak": {
+        "settings": {"clients": 64, "minutes": 10.0, "memory": "64MiB"}, "finished": 99, "different": 0, "vanished": 9,
+        "checks": {"no_5xx": True, "memory_flat": False}, "last_metrics": {"kvcli_preemptions_total": 7.0},
+        "memory_growth": 1.25,
+    },
+}  # fmt: skip
+
+
+def test_ablation_idle_sequences_and_soak_stand_on_the_page(tmp_path):
+    from evidence_page import page
+
+    for name, found in MORE.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    shown = page(tmp_path)
+    own = "3.200 | 0.5000 | 1.0000 | 2.0000 | +3.00 | 25.0 | 1.0 MiB | 50 | 2 |"
+    assert shown.index(f"| none | {own}\n") < shown.index(f"| search + predictors | {own}\n")
+    assert "| 1024 | 3.50 | 2.50 | 0.0125 | 5.0 | 0.50 | 0.25 | 12.0 |\n" in shown
+    said = " ".join(shown.split())
+    assert "99 answers finished, 0 of them different" in said
+    assert "1.250 times that in the second. Holds: no 5xx. Does not hold: memory flat." in said
+
+
 def test_a_page_of_nothing_has_no_table(tmp_path):
     from evidence_page import HEAD, page
 
