@@ -307,7 +307,8 @@ def _soak(found: Mapping[str, Any]) -> Iterator[str]:
     yield prose(
         f"{settings['clients']} clients stream for {settings['minutes']:g} minutes from a pool of",
         f"{settings['memory']}, and a fifth of them vanish half-way:",
-        f"{found['finished']} answers finished, {found['different']} of them different from the answer alone, {found['vanished']} left,",
+        f"{found['finished']} answers finished, {found['different']} of them different from the answer",
+        f"alone, {found['vanished']} left,",
         f"{found['last_metrics']['kvcli_preemptions_total']:.0f} preemptions; memory in the last quarter",
         f"{found['memory_growth']:.3f} times that in the second. Holds: {', '.join(held)}.",
         *([f"Does not hold: {', '.join(failed)}."] if failed else []),
