@@ -53,7 +53,7 @@ def start(args: argparse.Namespace, log: Path) -> tuple[subprocess.Popen[bytes],
     command = [
         sys.executable, "-m", "kvcli", "serve", args.artifact, "--port", "0", "--memory", args.memory,
         "--max-num-seqs", str(args.clients), "--queue", str(2 * args.clients), "--deterministic",
-        "--max-context", str(args.max_context), "--preemption", args.preemption,
+        "--max-context", str(args.max_context), "--preemption", args.preemption, "--weights", args.weights,
     ]  # fmt: skip
     with log.open("wb") as stderr:
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--memory", default="64MiB", help="of the pool; it must be too small for all clients")
     parser.add_argument("--max-context", type=int, default=512)
     parser.add_argument("--preemption", choices=["swap", "recompute"], default="swap")
+    parser.add_argument("--weights", default="int4", help="as kvcli serve takes them; 16-bit ones take an hour alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="benchmarks/results/soak.json")
     args = parser.parse_args()
