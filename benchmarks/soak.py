@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--memory", default="64MiB", help="of the pool; it must be too small for all clients")
     parser.add_argument("--max-context", type=int, default=512)
     parser.add_argument("--preemption", choices=["swap", "recompute"], default="swap")
-    parser.add_argument("--weights", default="int4", help="as kvcli serve takes them; in 16 bits alone is several times slower")
+    parser.add_argument("--weights", default="int4", help="as kvcli serve takes them; in 16 bits it takes longer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="benchmarks/results/soak.json")
     args = parser.parse_args()

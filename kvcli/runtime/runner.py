@@ -122,7 +122,7 @@ class ModelRunner:
 
     def padded(self, rows: int) -> int:
         """Return how many rows a matrix product of ``rows`` computes."""
-        return -(-rows // self.block) * self.block if self.block else rows
+        return -(-rows // self.weights.rows) * self.weights.rows
 
     def _bind_layers(self, step: Pass) -> list[tuple[Callable[[], Any], ...]]:
         """Return the ten calls of every layer of a step of decoding."""

@@ -75,6 +75,8 @@ class ModelWeights:
         [vocabulary, hidden].
     logits_dtype
         What the head writes.
+    rows
+        A product's rows are a multiple of it: ``block``, or 1 if no layer needs blocks.
 
     Raises
     ------
@@ -105,6 +107,7 @@ class ModelWeights:
         if kind == "int4":
             for width in {x.in_features for x in model.modules() if isinstance(x, nn.Linear)}:
                 check_width(width)
+        self.rows = 1
         self.embedding: Tensor = self._move(model.model.embed_tokens.weight)
         self.norm: Tensor = self._move(model.model.norm.weight)
         self.eps = float(model.config.rms_norm_eps)
@@ -157,8 +160,10 @@ class ModelWeights:
         return Int4(weight, bias, scratch=self.scratch, threads=self._threads, activations=self._activations)
 
     def _in_blocks(self, made: Linear) -> Linear:
-        alone = isinstance(made, Int4) and made.rows_alone
-        return Blocks(made, self._block) if self._block and not alone else made
+        if not self._block or (isinstance(made, Int4) and made.rows_alone):
+            return made
+        self.rows = self._block
+        return Blocks(made, self._block)
 
     @property
     def nbytes(self) -> int:
