@@ -177,6 +177,7 @@ def copy_source_files(loaded: LoadedModel, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     now = json.loads(loaded.model.config.to_json_string())
+    quantization = now.pop("quantization_config", None)
     if loaded.files[0].suffix == ".gguf":
         config = now
         loaded.tokenizer.save_pretrained(folder)
@@ -191,8 +192,8 @@ def copy_source_files(loaded: LoadedModel, folder: Path) -> None:
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = loaded.dtype
     config["tie_word_embeddings"] = loaded.model.config.tie_word_embeddings
     config.pop("quantization_config", None)
-    if "quantization_config" in now:
-        config["quantization_config"] = now["quantization_config"]
+    if quantization is not None:
+        config["quantization_config"] = quantization
     if loaded.quantized is not None and loaded.quantized.method == "gptq":  # where AutoGPTQ itself looks
         (folder / "quantize_config.json").write_text(json.dumps(loaded.quantized.config, indent=2) + "\n", "utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

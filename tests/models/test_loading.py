@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,13 @@ def test_an_unknown_dtype_or_device_is_wrong_usage(tinystories):
         load(str(tinystories), dtype="int7")
     with pytest.raises(UsageError, match="nonsense"):
         load(str(tinystories), device="nonsense")
+
+
+def test_config_of_a_gguf_says_how_weights_are_quantised(tinystories, tmp_path):
+    loaded = load(str(tinystories), dtype="float32")
+    loaded.model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    copy_source_files(replace(loaded, files=(Path("x.gguf"),)), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["bits"] == 4
 
 
 # --- gguf -------------------------------------------------------------------------------------------------------------
