@@ -193,9 +193,11 @@ def _tasks(artifacts: Mapping[str, Mapping[str, Any]], command: str) -> Iterator
 def _peers(found: Mapping[str, Any]) -> Iterator[str]:
     yield "## Beside other caches\n"
     yield "![mean KL against effective bits](evidence/fidelity.svg)\n"
+    calibrated = found.get("calibration_s")
     yield prose(
         f"{found['data']}, {found['windows']} windows of {found['window']} tokens, the second halves scored; how each",
         "cache is read is said in [quality_peers.py](../benchmarks/quality_peers.py).",
+        *([f"kvcli was calibrated once for all its rows, in {calibrated:.0f} seconds."] if calibrated else []),
     )
     rows = []
     for x in found["results"]:

@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="WikiText-2 raw test file")
     parser.add_argument("--model", type=Path, help="GGUF file or folder; default: the standing model")
-    parser.add_argument("--bits", default="6,5,4.25,3.25,2.5,2", help="kvcli's budgets, effective bits at the window")
+    parser.add_argument("--bits", default="6,5,4.25,3.25,2.5,2.2", help="kvcli's budgets, effective bits at the window")
     parser.add_argument("--only", default=",".join(GROUPS), help="who takes part, with commas")
     parser.add_argument("--window", default="2048")
     parser.add_argument("--limit", default="4", help="windows")
