@@ -245,6 +245,16 @@ def _adapters(found: Mapping[str, Any]) -> Iterator[str]:
         rows,
     )
     yield _made_by("python benchmarks/adapters.py --data wiki.test.raw", "adapters.json")
+    if amounts := found.get("text"):
+        yield prose(
+            "How much text they need: all layers in 2 bits, the same formats everywhere, predictors as `always` has",
+            "them, fitted on more and more of the same text. Mean KL; the first row has none.",
+        )
+        yield table(
+            ("tokens", *texts),
+            [(str(x["tokens"]), *(small(x["texts"][y]["kl"]["mean"]) for y in texts)) for x in amounts],
+        )
+        yield _made_by("python benchmarks/adapters.py --data wiki.test.raw --rows text", "adapters.json")
 
 
 def _composition(found: Mapping[str, Any]) -> Iterator[str]:
