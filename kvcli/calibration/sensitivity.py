@@ -229,7 +229,8 @@ class Probe:
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities from the final norm's output, [..., vocabulary] in float32."""
-        logits: Tensor = self.model.lm_head(hidden.contiguous())  # a slice would be multiplied row by row
+        # torch batches the product of a slice, which is slower
+        logits: Tensor = self.model.lm_head(hidden.contiguous())
         return logits.float().log_softmax(-1)
 
     def reference(self, plan: CachePlan) -> Tensor:

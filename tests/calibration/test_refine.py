@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcli.calibration import refine
+from kvcli.calibration.measuring import Measuring
 from kvcli.calibration.refine import TILTS, Tilt, neighbours, predicted, tilted
 from kvcli.calibration.sensitivity import Cost, Sensitivity
 from kvcli.calibration.space import SearchSpace
@@ -147,3 +150,10 @@ def test_a_neighbour_replaces_the_optimum_only_if_it_is_clearly_better(gain, cho
     best = tried[2].plan
     assert all((x.plan.sink_tokens, x.plan.residual_window) == (best.sink_tokens, best.residual_window)
                for x in tried[refine.LEADING :])  # fmt: skip
+
+
+def test_settings_and_plans_are_compared_by_one_probe():
+    loaded: Any = SimpleNamespace(model=None, rope=None)
+    work = Measuring(loaded, {}, SPACE, [], None, {}, None)  # type: ignore[arg-type]
+    ids = torch.zeros(8, 16, dtype=torch.long)
+    assert work.check(ids) is work.check(ids)  # so that its reference, the exact model's run, is computed once
