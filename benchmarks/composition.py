@@ -1,9 +1,9 @@
 """What the four methods are worth, alone and together, at 2.5, 3.25 and 4.25 effective bits.
 
-The methods: *transforms* (the default recipe's closed forms, Hadamard and centring; without them nothing is turned and
-nothing is taken off), *search* (KVTuner's layer-wise pairs; without it one format for all keys and one for all values,
-the pair and the window that the measurements favour), *adapters* (AQUA-KV's predictors, mode ``always``), *weights*
-(linear layers in 4 bits, statistically pre-calibrated, without GPTQ).
+None, each alone, each pair, and all four. *transforms*: the default recipe's closed forms, Hadamard and centring;
+without them nothing is turned and nothing is taken off. *search*: KVTuner's layer-wise pairs; without it one format for
+all keys and one for all values, the pair and the window that the measurements favour. *adapters*: AQUA-KV's predictors,
+mode ``always``. *weights*: linear layers in 4 bits, statistically pre-calibrated, without GPTQ.
 
 SmolLM2-135M-Instruct in float32 with one fixed random rotation of its residual stream in all arms, since its weights
 lie on a 4-bit grid; the reference is that model. Calibrated on the built-in corpus, judged on WikiText-2 raw test,
@@ -198,6 +198,7 @@ def main() -> None:
             for second in product((False, True), repeat=2)
             for own in [{**model, **dict(zip(("search", "adapters"), second, strict=True))}]
             for names in [[x for x in METHODS if own[x]]]
+            if len(names) != 3  # none, each alone, each pair, all
             for budget in map(float, args.bits.split(","))
             if (budget, args.limit, *names) not in done
         ]

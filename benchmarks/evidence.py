@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ class Evidence:
         self.keep.mkdir(parents=True, exist_ok=True)
         asked = {
             "question": "what do caches of few bits cost, all in all?", "model": args.model.name,
-            "data": Path(args.data).name, "suite": args.suite, "limit": args.limit, "window": args.window,
-            "calibration": args.calibration, "recipe": args.recipe,
+            "data": Path(args.data).name, "suite": args.suite, "limit": args.limit, "questions": args.questions,
+            "windows": args.windows, "window": args.window, "calibration": args.calibration, "recipe": args.recipe,
         }  # fmt: skip
         self.result: dict[str, Any] = {**asked, "artifacts": {}, "skipped": {}}
         if self.file.exists():
@@ -104,14 +105,17 @@ class Evidence:
             row = {"artifact": sha256, "plan": plan, "tasks": {}, "seconds": {}}
             self.result["artifacts"][name] = row
         if "fidelity" not in row:
-            found, row["seconds"]["fidelity"] = self._eval(path, fidelity.TASKS)
+            found, row["seconds"]["fidelity"] = self._eval(path, fidelity.TASKS, self.args.windows)
             row["fidelity"] = found
             self._save()
-        if wanted := [x for x in self._tasks() if x not in row["tasks"]]:
-            found, seconds = self._eval(path, wanted)
-            row["tasks"] |= found["tasks"]
-            row["seconds"]["tasks"] = row["seconds"].get("tasks", 0) + seconds
-            self._save()
+        missing = [x for x in self._tasks() if x not in row["tasks"]]
+        choices = [x for x in missing if x in suites.CHOICES]
+        others = [x for x in missing if x not in choices]
+        for kind, wanted, limit in (("choices", choices, self.args.questions), ("tasks", others, self.args.limit)):
+            if wanted:
+                found, row["seconds"][kind] = self._eval(path, wanted, limit)
+                row["tasks"] |= found["tasks"]
+                self._save()
         bits, loss = row["plan"]["effective_bits"], row["fidelity"]
         print(
             f"{name:>8}: {bits:.3f} effective bits, mean KL {loss['kl']['mean']:.4f}, "
@@ -133,7 +137,7 @@ class Evidence:
                 self.result["skipped"].pop(name, None)
         return chosen
 
-    def _eval(self, path: Path, tasks: list[str] | tuple[str, ...]) -> tuple[dict[str, Any], float]:
+    def _eval(self, path: Path, tasks: Sequence[str], limit: int | None) -> tuple[dict[str, Any], float]:
         args = self.args
         words = [
             "--against", str(args.model), "--suite", args.suite, "--tasks", ",".join(tasks), "--data", args.data,
@@ -141,7 +145,7 @@ class Evidence:
         ]  # fmt: skip
         # for tasks alone a window only tells how many bits there are
         words += ["--window", str(args.window if set(tasks) & set(fidelity.TASKS) else 16)]
-        words += [] if args.limit is None else ["--limit", str(args.limit)]
+        words += [] if limit is None else ["--limit", str(limit)]
         words += [] if args.task_data is None else ["--task-data", str(args.task_data)]
         began = time.monotonic()
         return kvcli("eval", str(path), *words), time.monotonic() - began
@@ -161,7 +165,9 @@ def main() -> None:
     parser.add_argument("--suite", default="standard", choices=tuple(suites.SUITES))
     parser.add_argument("--tasks", help="of the suite only these, with commas, beside ppl, kl and flips")
     parser.add_argument("--task-data", type=Path, help="folder of the data sets' files")
-    parser.add_argument("--limit", type=int, help="windows, and items of each task; default: the suite's")
+    parser.add_argument("--limit", type=int, help="items of each task; default: the suite's")
+    parser.add_argument("--questions", type=int, help="of each data set of multiple choice; default: the suite's")
+    parser.add_argument("--windows", type=int, help="of perplexity, KL and flips; default: the suite's")
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--calibration", default="builtin", help="calibration text")
     parser.add_argument("--recipe", default="balanced")

@@ -77,7 +77,8 @@ def _made_by(command: str, name: str, more: str = "") -> str:
 
 def _evidence(found: Mapping[str, Any]) -> Iterator[str]:
     artifacts: Mapping[str, Any] = found["artifacts"]
-    limit = "" if found["limit"] is None else f" --limit {found['limit']}"
+    limits = {x: found.get(x) for x in ("limit", "questions", "windows")}
+    limit = "".join(f" --{name} {x}" for name, x in limits.items() if x is not None)
     command = (
         f"python benchmarks/evidence.py --measure --data {found['data']} --suite {found['suite']}{limit} --keep FOLDER"
     )

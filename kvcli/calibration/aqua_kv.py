@@ -35,7 +35,7 @@ from kvcli.quant.format import KVFormat
 from kvcli.quant.linear_maps import factored, store
 from kvcli.quant.prediction import Linear, Predictor, Source, Which
 from kvcli.quant.quantizer import dequantize, quantize
-from kvcli.runtime.packed_layer import Codec
+from kvcli.runtime.codec import Codec
 
 Mode = Literal["none", "absorbed", "always"]
 MODES: tuple[Mode, ...] = ("none", "absorbed", "always")

@@ -54,7 +54,7 @@ def evaluate(
             "--limit",
             min=0,
             help="Windows, and items of each task, at the most; 0 for all.",
-            show_default="the suite's; 4 windows, 6 items",
+            show_default="the suite's; 4 windows, 4 items",
         ),
     ] = None,
     lengths: Annotated[
@@ -152,13 +152,14 @@ def evaluate(
     if length > subject.loaded.max_context:
         raise UsageError(f"--window {length} exceeds the model's context of {subject.loaded.max_context} tokens.")
     wanted = _lengths(lengths, subject.loaded.max_context) or plan.lengths_of(subject.loaded.max_context)
-    settings = Settings(limit or plan.items, wanted, plan.tokens, seed, data, task_data)
+    settings = Settings(limit or plan.items, wanted, plan.tokens, seed, data, task_data, limit or plan.questions)
     names = [x for x in chosen if x in suites.TASKS]
     items, skipped = suites.gather(names, subject, settings, everything=limit == 0, skip=not tasks)
     for name, why in skipped.items():
         say(f"{name} is left out: {why}")
     on_text = tuple(x for x in chosen if x in fidelity.TASKS)
-    windows = (plan.windows if limit is None else limit) if on_text else 1  # one tells how many bits there are
+    windows = plan.windows if suite else suites.WINDOWS
+    windows = (windows if limit is None else limit) if on_text else 1  # one tells how many bits there are
     texts = corpora.windows(data, subject.loaded.tokenizer, length, limit=windows or None)
     bits, model = simulate_activations or None, subject.loaded.model
     with progress("evaluating", total=2 * len(texts)) as bar:

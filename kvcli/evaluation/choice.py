@@ -66,7 +66,8 @@ class MultipleChoice:
             If the data set is nowhere, damaged, or has other fields.
         """
         found = questions(data_sets.records(self.name, settings.folder), self.name)
-        drawn = random.Random(f"{self.name} {settings.seed}").sample(range(len(found)), min(settings.items, len(found)))
+        count = min(settings.questions or settings.items, len(found))
+        drawn = random.Random(f"{self.name} {settings.seed}").sample(range(len(found)), count)
         return [found[i] for i in sorted(drawn)]
 
     def measure(self, model: PackedModel, item: Question, reference: Outcome | None) -> Outcome:

@@ -33,7 +33,7 @@ class Reader:
 
     def __init__(self, model: PackedModel, *, capacity: int = 0) -> None:
         self.model = model
-        self.cache = model.new_cache(capacity=capacity)
+        self.cache = model.new_cache(capacity=capacity, keep_decoded=True)
         self.length = 0
         self._next: Tensor | None = None  # [vocabulary] log-probabilities of the token to come
 

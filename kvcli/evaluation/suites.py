@@ -24,6 +24,7 @@ _ALL: list[Task] = [
 TASKS = {task.name: task for task in _ALL}
 
 SuiteName = Literal["quick", "standard", "long"]
+WINDOWS = 4  # of perplexity, KL and flips, where no suite says how many
 SYNTHETIC = ("passkey", "kv_retrieval", "sharing", "generation")
 
 
@@ -37,6 +38,8 @@ class Suite:
         Names, those of :data:`kvcli.evaluation.fidelity.TASKS` among them.
     items
         Of each task.
+    questions
+        Of each data set of multiple choice, which are short.
     windows
         Of perplexity, KL and flips.
     lengths
@@ -47,6 +50,7 @@ class Suite:
 
     tasks: tuple[str, ...]
     items: int
+    questions: int
     windows: int
     lengths: tuple[int | float, ...]
     tokens: int
@@ -58,12 +62,12 @@ class Suite:
 
 
 SUITES: dict[SuiteName, Suite] = {
-    "quick": Suite((*fidelity.TASKS, *SYNTHETIC), 6, 4, (512, 1024), 48),
+    "quick": Suite((*fidelity.TASKS, *SYNTHETIC), 4, 4, 2, (512, 1024), 32),
     "standard": Suite(
         (*fidelity.TASKS, *SYNTHETIC, "arc_easy", "hellaswag", "piqa", "winogrande", "mmlu", "gsm8k"),
-        60, 16, (1024, 2048, 4096), 256,
+        20, 60, 8, (1024, 2048), 128,
     ),
-    "long": Suite((*fidelity.TASKS, *SYNTHETIC), 40, 8, (0.125, 0.25, 0.5, 1.0), 1024),
+    "long": Suite((*fidelity.TASKS, *SYNTHETIC), 40, 40, 8, (0.125, 0.25, 0.5, 1.0), 1024),
 }  # fmt: skip
 
 
@@ -93,7 +97,8 @@ def gather(
     for name in names:
         whole = everything and name in data_sets.HUB
         try:
-            found[name] = TASKS[name].items(model, replace(settings, items=sys.maxsize) if whole else settings)
+            own = replace(settings, items=sys.maxsize, questions=None) if whole else settings
+            found[name] = TASKS[name].items(model, own)
         except InputError as error:
             if not skip:
                 raise

@@ -39,6 +39,8 @@ class Settings:
         Source of the texts that generation continues, as in ``--data``.
     folder
         Where the files of data sets lie; None asks the hub.
+    questions
+        Of each data set of multiple choice; None for as many as of other tasks.
     """
 
     items: int
@@ -47,6 +49,7 @@ class Settings:
     seed: int = 0
     text: str = "builtin"
     folder: Path | None = None
+    questions: int | None = None
 
 
 @dataclass(frozen=True)

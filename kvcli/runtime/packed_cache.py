@@ -37,6 +37,8 @@ class PackedCache(Cache):
         The model's rotary embedding and the artifact's ``kv.safetensors``, where the plan needs them.
     device
         Where pages live.
+    keep_decoded
+        Decode each page once; see :class:`kvcli.runtime.packed_layer.PackedLayer`.
     """
 
     def __init__(
@@ -48,12 +50,16 @@ class PackedCache(Cache):
         rope: Rope | None = None,
         tensors: Mapping[str, Tensor] | None = None,
         device: torch.device | str = "cpu",
+        keep_decoded: bool = False,
     ) -> None:
         self.plan = plan
         stores = [
-            PackedLayer(plan, i, batch_size=batch_size, capacity=capacity, rope=rope, tensors=tensors, device=device)
+            PackedLayer(
+                plan, i, batch_size=batch_size, capacity=capacity, rope=rope, tensors=tensors, device=device,
+                keep_decoded=keep_decoded,
+            )
             for i in range(len(plan.layers))
-        ]
+        ]  # fmt: skip
         for store in stores:
             store.connect(stores)
         super().__init__(layers=[StoredLayer(store) for store in stores])

@@ -2,8 +2,8 @@
 
 Geometry and visibility are those of :class:`kvcli.plan.CachePlan`: page i holds slots i*B … (i+1)*B - 1, a query that
 makes the sequence n tokens long reads slots below ``boundary(n)`` from pages and the rest, and the sinks, exactly.
-No decoded copy is kept: :meth:`PackedLayer.read` decodes anew at every call, and what later layers are predicted from
-lives until the last of them has read it, within one pass of the model.
+No decoded copy is kept unless one is asked for: :meth:`PackedLayer.read` decodes anew at every call, and what later
+layers are predicted from lives until the last of them has read it, within one pass of the model.
 """
 
 from __future__ import annotations
@@ -15,114 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kvcli.errors import InputError, KvcliError
+from kvcli.errors import KvcliError
 from kvcli.models.architectures import Rope
 from kvcli.plan import CachePlan
-from kvcli.quant import transforms
 from kvcli.quant.format import KVFormat
-from kvcli.quant.linear_maps import LinearMap, of_layer
-from kvcli.quant.quantizer import from_bytes, to_bytes
+from kvcli.runtime.codec import Codec
 
 N = TypeVar("N", int, Tensor)
-
-
-class Codec:
-    """Turns exact keys and values of one layer into what pages store, and back.
-
-    In between lie the mean or the prediction, RoPE, the transform and the codes.
-
-    Parameters
-    ----------
-    plan, index
-        The plan, and which of its layers this is.
-    rope
-        The model's rotary embedding; needed where keys are stored before it or have their mean taken off.
-    tensors
-        ``layer.{i}.k.mean`` and ``layer.{i}.v.mean`` ([num_kv_heads, head_dim]) for centred layers, and
-        ``layer.{i}.{k|v}.predictor.…`` for predicted tensors.
-
-    Attributes
-    ----------
-    maps
-        The predictors of ``k`` and ``v``, where there are any.
-    """
-
-    def __init__(self, plan: CachePlan, index: int, rope: Rope | None, tensors: Mapping[str, Tensor]) -> None:
-        self.plan = plan.layers[index]
-        self.exact_dtype: torch.dtype = getattr(torch, plan.exact_dtype)
-        self.page_dtype: torch.dtype = getattr(torch, plan.page_dtype)
-        self.rope = rope
-        self.means: dict[str, Tensor] = {}
-        self.maps: dict[str, LinearMap] = of_layer(plan, index, tensors)
-        for name in ("k", "v"):
-            if self.plan.center and name not in self.maps:  # a predictor has a bias in the mean's place
-                key = f"layer.{index}.{name}.mean"
-                if key not in tensors:
-                    raise InputError(f"tensor {key} is missing, and layer {index} is centred.")
-                self.means[name] = tensors[key].to(torch.float32).unsqueeze(-2)
-        if rope is None and (self.plan.rope == "before" or self.plan.center or self.plan.predictor is not None):
-            raise InputError(f"layer {index} stores keys that need the model's rotary embedding, and none was given.")
-
-    def encode(
-        self, which: str, x: Tensor, positions: Tensor, predicted: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode keys after RoPE or values, [..., num_kv_heads, tokens, head_dim], into section bytes.
-
-        ``positions`` is [tokens]; ``predicted``, of a tensor that has a predictor, is shaped like ``x``, keys before
-        RoPE. Returns codes, scales and zeros, each [..., num_kv_heads, bytes] uint8.
-        """
-        fmt: KVFormat = getattr(self.plan, which)
-        if not fmt.is_exact:
-            x = x.to(torch.float32)
-            x = self._to_stored(which, x, positions, self._offset(which, predicted))
-            x = transforms.apply(self._transform(fmt), x)
-        return to_bytes(x, fmt, self.page_dtype)
-
-    def decode(
-        self, which: str, sections: tuple[Tensor, Tensor, Tensor], positions: Tensor, predicted: Tensor | None = None
-    ) -> Tensor:
-        """Undo :meth:`encode`: [..., num_kv_heads, tokens, head_dim], float32, or the exact dtype if exact."""
-        fmt: KVFormat = getattr(self.plan, which)
-        x = from_bytes(*sections, fmt, self.page_dtype, self.plan.head_dim)
-        if fmt.is_exact:
-            return x
-        x = transforms.invert(self._transform(fmt), x)
-        return self._from_stored(which, x, positions, self._offset(which, predicted))
-
-    def before_rope(self, k: Tensor, positions: Tensor) -> Tensor:
-        """Return keys as predictors see them, float32."""
-        assert self.rope is not None, "layers that predict or are predicted have the rotary embedding"
-        return self.rope.unrotate(k.to(torch.float32), positions)
-
-    def _offset(self, which: str, predicted: Tensor | None) -> Tensor | None:
-        """Return what is taken off before a tensor is quantised: its prediction, or its mean."""
-        if (predicted is None) == (which in self.maps):
-            raise KvcliError(f"{which} was given {'no' if predicted is None else 'a'} prediction.")
-        return self.means.get(which) if predicted is None else predicted
-
-    def _transform(self, fmt: KVFormat) -> str:
-        # a rotation would mix the channels that a channel-axis format keeps apart
-        return self.plan.transform if fmt.axis == "token" else "none"
-
-    def _to_stored(self, which: str, x: Tensor, positions: Tensor, offset: Tensor | None) -> Tensor:
-        if which == "k" and self.rope is not None:
-            if self.plan.rope == "before":
-                x = self.rope.unrotate(x, positions)
-            elif offset is not None:
-                offset = self._rotated(self.rope, offset, positions)
-        return x if offset is None else x - offset
-
-    def _from_stored(self, which: str, x: Tensor, positions: Tensor, offset: Tensor | None) -> Tensor:
-        if which == "k" and self.rope is not None:
-            if self.plan.rope == "before":
-                return self.rope.rotate(x if offset is None else x + offset, positions)
-            if offset is not None:
-                offset = self._rotated(self.rope, offset, positions)
-        return x if offset is None else x + offset
-
-    @staticmethod
-    def _rotated(rope: Rope, offset: Tensor, positions: Tensor) -> Tensor:
-        return rope.rotate(offset.expand(*offset.shape[:-2], len(positions), -1), positions)
 
 
 class Rebuilt(NamedTuple):
@@ -146,6 +45,18 @@ class Rebuilt(NamedTuple):
 
 class PackedLayer:
     """Pages, block tables, sinks and tails of one layer for a batch of sequences of unequal length.
+
+    Parameters
+    ----------
+    plan, index, rope, tensors
+        As for :class:`Codec`.
+    batch_size, capacity
+        Sequences, and tokens each for which pages are allocated at once.
+    device
+        Where everything lies.
+    keep_decoded
+        Decode each page once and hold on to the result, which :attr:`nbytes` does not count: the same numbers, sooner.
+        Layers that are predicted from others, or others from them, decode anew all the same.
 
     Attributes
     ----------
@@ -171,6 +82,7 @@ class PackedLayer:
         rope: Rope | None = None,
         tensors: Mapping[str, Tensor] | None = None,
         device: torch.device | str = "cpu",
+        keep_decoded: bool = False,
     ) -> None:
         self.cache_plan, self.index = plan, index
         self.plan = plan.layers[index]
@@ -185,6 +97,8 @@ class PackedLayer:
         self._sources: dict[int, PackedLayer] = {}
         self._last_reader = -1
         self._rebuilt: dict[int, Rebuilt] = {}
+        self._keep = keep_decoded
+        self._kept: dict[int, tuple[int, Tensor, Tensor]] = {}  # first slot, keys and values of a sequence
         self.block_tables: list[list[int]] = [[] for _ in range(batch_size)]
         self._free = list(range(pool - 1, -1, -1))
 
@@ -292,13 +206,31 @@ class PackedLayer:
         """
         stop = self.boundary(self.lengths[row]) if stop is None else stop
         block, table = self.layout.block_size, self.block_tables[row]
-        start = next((i for i, page in enumerate(table) if page >= 0), len(table))
-        if start * block >= stop:
+        first = block * next((i for i, page in enumerate(table) if page >= 0), len(table))
+        if first >= stop:
             nothing = self.tail[0, row, :, :0]
-            return nothing, nothing, start * block
-        pages = self.pages[torch.tensor(table[start : -(-stop // block)], dtype=torch.long, device=self.pages.device)]
-        slots = torch.arange(start * block, start * block + len(pages) * block, device=self.pages.device)
-        count = stop - start * block
+            return nothing, nothing, first
+        if not self._keep or self._sources or self._last_reader > self.index:
+            return *self._decode(row, first, stop), first
+        if row in self._kept:
+            begin, k, v = self._kept[row]
+            full = (begin + k.shape[1]) // block * block  # a page that was not full is decoded again
+            k, v = k[:, first - begin : full - begin], v[:, first - begin : full - begin]
+            if full < stop:
+                new_k, new_v = self._decode(row, max(first, full), stop)
+                k, v = torch.cat((k, new_k), 1), torch.cat((v, new_v), 1)
+        else:
+            k, v = self._decode(row, first, stop)
+        self._kept[row] = first, k, v
+        return k, v, first
+
+    def _decode(self, row: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Decode the slots from ``first``, where a page begins, to ``stop``."""
+        block, table = self.layout.block_size, self.block_tables[row]
+        held = table[first // block : -(-stop // block)]
+        pages = self.pages[torch.tensor(held, dtype=torch.long, device=self.pages.device)]
+        slots = torch.arange(first, first + len(pages) * block, device=self.pages.device)
+        count = stop - first
         decoded: list[Tensor] = []
         flat: list[Tensor] = []
         for which in "kv":
@@ -307,7 +239,7 @@ class PackedLayer:
                 pages[..., self.layout.sections[f"{which}_{name}"]].transpose(0, 1).flatten(1)
                 for name in ("codes", "scales", "zeros")
             ]
-            predicted = self._predicted(which, row, start * block, count, flat[0] if flat else None)
+            predicted = self._predicted(which, row, first, count, flat[0] if flat else None)
             if predicted is not None:  # what a page has yet to hold is predicted as nothing
                 predicted = pad(predicted, (0, 0, 0, len(slots) - count))
             x = self.codec.decode(which, (sections[0], sections[1], sections[2]), slots, predicted)[:, :count]
@@ -315,8 +247,8 @@ class PackedLayer:
             if self._last_reader > self.index or "v" in self.codec.maps:
                 flat.append(self._flat(which, x, slots[:count]))
         if self._last_reader > self.index:
-            self._rebuilt[row] = Rebuilt(self.lengths[row], start * block, *flat)
-        return decoded[0], decoded[1], start * block
+            self._rebuilt[row] = Rebuilt(self.lengths[row], first, *flat)
+        return decoded[0], decoded[1]
 
     # --- predicting ---------------------------------------------------------------------------------------------
 
@@ -372,5 +304,6 @@ class PackedLayer:
         self.pages = torch.cat((picked, self.pages.new_zeros(spare, *self.pages.shape[1:])))
         self._free = list(range(len(pages) + spare - 1, len(pages) - 1, -1))
         self.block_tables = tables
+        self._kept = {i: self._kept[r] for i, r in enumerate(rows) if r in self._kept}
         self.lengths = [self.lengths[r] for r in rows]
         self.tail, self.sinks = self.tail[:, rows], self.sinks[:, rows]

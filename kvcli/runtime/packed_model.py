@@ -36,11 +36,11 @@ class PackedModel:
     def __post_init__(self) -> None:
         self.loaded.model.set_attn_implementation(ATTENTION)
 
-    def new_cache(self, *, batch_size: int = 1, capacity: int = 0) -> PackedCache:
-        """Return an empty cache."""
+    def new_cache(self, *, batch_size: int = 1, capacity: int = 0, keep_decoded: bool = False) -> PackedCache:
+        """Return an empty cache, as :class:`kvcli.runtime.packed_cache.PackedCache`."""
         return PackedCache(
             self.plan, batch_size=batch_size, capacity=capacity, rope=self.loaded.rope, tensors=self.tensors,
-            device=self.loaded.model.device,
+            device=self.loaded.model.device, keep_decoded=keep_decoded,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class PackedModel:
             ``scored`` tokens given all before; and the bytes the cache had allocated at the end.
         """
         model, tokens = self.loaded.model, len(ids)
-        cache = self.new_cache(capacity=tokens)
+        cache = self.new_cache(capacity=tokens, keep_decoded=True)
         first = tokens - scored - 1  # the row that predicts the first scored token
         kept = []
         for begin in range(0, tokens, chunk):

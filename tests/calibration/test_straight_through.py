@@ -13,7 +13,8 @@ from kvcli.quant.format import KVFormat
 from kvcli.quant.quantizer import dequantize, quantize
 from kvcli.quant.weight_format import WeightFormat
 from kvcli.runtime.attention import attend
-from kvcli.runtime.packed_layer import Codec, PackedLayer
+from kvcli.runtime.codec import Codec
+from kvcli.runtime.packed_layer import PackedLayer
 
 HEADS, TOKENS, DIM = 2, 96, 32
 FORMATS = [

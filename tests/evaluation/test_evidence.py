@@ -191,7 +191,8 @@ def evidence() -> dict[str, Any]:
         "bytes_at": {"1024": 2**20}, "bytes_at_16_bits": {"1024": 5 * 2**20},
     }  # fmt: skip
     return {
-        "model": "m", "data": "d.txt", "suite": "quick", "limit": 2, "window": 64, "calibration": "c", "recipe": "r",
+        "model": "m", "data": "d.txt", "suite": "quick", "limit": 2, "questions": 3, "windows": None,
+        "window": 64, "calibration": "c", "recipe": "r",
         "artifacts": {"3.25": {"plan": plan, "fidelity": fidelity, "tasks": {"passkey": task}}},
         "skipped": {"mmlu": "no file"},
     }  # fmt: skip
@@ -213,7 +214,7 @@ def test_what_was_measured_stands_on_the_page(tmp_path):
         "Not asked, for want of their data: mmlu.",
     ):
         assert f"{line}\n" in shown
-    assert "--data d.txt --suite quick --limit 2" in shown
+    assert "--data d.txt --suite quick --limit 2 --questions 3 --keep" in shown
     assert "##" not in re.sub(r"^## (Bits and bytes|Perplexity, KL and flips|KL along.*|Tasks)$", "", shown, flags=re.M)
 
 
@@ -291,8 +292,9 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
         raise script.InputError(f"no {name}")
 
     args = argparse.Namespace(
-        model=Path("m"), data="/texts/d.txt", suite="standard", limit=None, window=64, calibration="builtin",
-        recipe="balanced", bits="3.25,wrecked", tasks=None, task_data=None, keep=tmp_path / "keep", results=tmp_path,
+        model=Path("m"), data="/texts/d.txt", suite="standard", limit=None, questions=None, windows=2, window=64,
+        calibration="builtin", recipe="balanced", bits="3.25,wrecked", tasks=None, task_data=None,
+        keep=tmp_path / "keep", results=tmp_path,
     )  # fmt: skip
     for name in ("3.25", "wrecked"):
         script.Evidence(args).measure(name)

@@ -19,8 +19,9 @@ from kvcli.models.architectures import Rope
 from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
 from kvcli.runtime import attention
+from kvcli.runtime.codec import Codec
 from kvcli.runtime.packed_cache import PackedCache
-from kvcli.runtime.packed_layer import Codec, PackedLayer
+from kvcli.runtime.packed_layer import PackedLayer
 
 KV_HEADS, GROUP, DIM = 2, 3, 16
 SCALING = 0.3

@@ -18,7 +18,8 @@ from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
 from kvcli.quant.prediction import Linear, Predictor, Source
 from kvcli.quant.quantizer import dequantize, from_bytes, quantize, to_bytes
-from kvcli.runtime.packed_layer import Codec, PackedLayer
+from kvcli.runtime.codec import Codec
+from kvcli.runtime.packed_layer import PackedLayer
 
 HEADS, DIM = 2, 16
 INV_FREQ = 10000.0 ** -(torch.arange(0, DIM, 2) / DIM)
@@ -211,6 +212,25 @@ def test_how_tokens_arrive_does_not_change_what_is_stored(plan: CachePlan, sizes
         assert torch.equal(store.sinks, stores[0].sinks)
         for a, b in zip(store.read(0), stores[0].read(0), strict=True):
             assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+@given(plans(), splits(), st.integers(0, 1))
+@settings(max_examples=80)
+def test_what_is_decoded_once_is_what_decoding_anew_gives(plan: CachePlan, sizes: list[int], row: int) -> None:
+    anew, kept = store_for(plan, batch_size=2), store_for(plan, batch_size=2, keep_decoded=True)
+    halfway = len(sizes) // 2
+    for i, part in enumerate(tokens(sum(sizes), 1).split(sizes, dim=2)):
+        for store in (anew, kept):
+            if i == halfway:  # from here on both sequences go on from one of them
+                store.reorder([row, row])
+            store.append(row, store.exact(row, part[0], part[1]))
+        (k, v, first), (other_k, other_v, other_first) = anew.read(row), kept.read(row)
+        assert first == other_first
+        assert torch.equal(k, other_k)
+        assert torch.equal(v, other_v)
+        anew.release(row)
+        kept.release(row)
+    assert kept.nbytes == anew.nbytes
 
 
 @given(plans(), splits())

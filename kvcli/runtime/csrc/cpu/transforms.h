@@ -1,5 +1,5 @@
 // Between exact keys and values and what pages store: RoPE, mean and Hadamard, in the operations and the order of
-// kvcli.runtime.packed_layer.Codec and kvcli.models.architectures.Rope, so that both round alike.
+// kvcli.runtime.codec.Codec and kvcli.models.architectures.Rope, so that both round alike.
 #pragma once
 
 #include "cache_view.h"
