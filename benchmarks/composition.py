@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from kvcli.calibration.measuring import Measuring, check_probe
 from kvcli.calibration.ostquant import NormGains, shapes, transforms
 from kvcli.calibration.pipeline import Budget, exact_layers, moments, search_space
 from kvcli.calibration.refine import predicted
-from kvcli.calibration.sensitivity import Sensitivity
+from kvcli.calibration.sensitivity import Probe, Sensitivity
 from kvcli.calibration.space import fits
 from kvcli.calibration.stages import Stages, in_turn
 from kvcli.calibration.surrogate import solve
@@ -90,6 +90,14 @@ class Prepared:
     own: aqua_kv.Statistics
     clock: Clock
 
+    @cached_property
+    def probe(self) -> Probe:
+        """Return what plans are compared by, with the exact model's answers."""
+        found = check_probe(self.loaded, self.ids, self.means)
+        with self.clock("reference"):
+            found.reference(CachePlan(tuple(exact_layers(self.loaded)), dtype=self.loaded.dtype))
+        return found
+
     def uniform(self, budget: Budget) -> list[Candidate]:
         """Return the best plans with one format for all keys and one for all values."""
         space, geometry = self.costs.space, exact_layers(self.loaded)
@@ -118,8 +126,7 @@ class Prepared:
 
     def best(self, found: list[Candidate]) -> tuple[CachePlan, dict[str, Tensor]]:
         """Return the plan that does best on calibration text, and its tensors."""
-        probe = check_probe(self.loaded, self.ids, self.means)
-        measured = [probe.using({**self.means, **x.fitted.tensors}).cost_of(x.plan).kl for x in found]
+        measured = [self.probe.using({**self.means, **x.fitted.tensors}).cost_of(x.plan).kl for x in found]
         chosen = found[measured.index(min(measured))]
         return chosen.plan, {**self.means, **chosen.fitted.tensors}
 
@@ -208,6 +215,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         prepared = prepare({**model, "search": True, "adapters": True}, folder)
         for budget, names, methods in todo:
+            _ = prepared.probe  # every arm counts it
             began = time.process_time()
             found = prepared.plans(methods, Budget(budget, WINDOW))
             plan, tensors = prepared.best(found)
@@ -216,7 +224,7 @@ def main() -> None:
             judged = log_probs(PackedModel(prepared.loaded, plan, tensors), windows)
             each = [compare(p, q, x[-len(p) :]) for p, q, x in zip(reference, judged, windows, strict=True)]
             merged = {name: torch.cat([x[name] for x in each]) for name in each[0]}
-            needed = {"layers", *names} | ({"predictors"} if methods["adapters"] else set())
+            needed = {"layers", "reference", *names} | ({"predictors"} if methods["adapters"] else set())
             row = {
                 "methods": names, "budget": budget, "windows": args.limit,
                 "effective_bits": plan.effective_bits(WINDOW), "nominal_bits": plan.nominal_bits,

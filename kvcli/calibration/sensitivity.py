@@ -208,13 +208,13 @@ class Probe:
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, rope: Rope, tensors: Mapping[str, Tensor]) -> None:
         self.model, self.ids, self.rope, self.tensors = model, ids, rope, tensors
-        self._reference: Tensor | None = None
+        self._reference: list[Tensor] = []  # shared with the probes of other tensors, whoever needs it first
         self._walk: Iterator[tuple[int, Tensor, Attention]] = iter(())
         self._next = math.inf
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what can be computed again: a probe may be sent to another process."""
-        return {**vars(self), "_reference": None, "_walk": iter(()), "_next": math.inf}
+        return {**vars(self), "_reference": [], "_walk": iter(()), "_next": math.inf}
 
     def using(self, tensors: Mapping[str, Tensor]) -> Probe:
         """Return the same probe for codecs that need other tensors; the reference is not computed again."""
@@ -235,9 +235,9 @@ class Probe:
 
     def reference(self, plan: CachePlan) -> Tensor:
         """Log-probabilities of the exact model on the scored half; of the plan only the geometry is read."""
-        if self._reference is None:
-            self._reference = self.log_probs(self._scored(self._run(plain_cache(plan))))
-        return self._reference
+        if not self._reference:
+            self._reference.append(self.log_probs(self._scored(self._run(plain_cache(plan)))))
+        return self._reference[0]
 
     def _scored(self, hidden: Tensor) -> Tensor:
         return hidden[:, hidden.shape[1] // 2 :]

@@ -185,11 +185,16 @@ def _qsur(section: Section, data: _Data) -> _Spec:
     ]
     dash = {
         "field": "transforms", "type": "nominal",
-        "scale": {"domain": ["without", "with"], "range": [[4, 4], [1, 0]]}, "legend": {"symbolType": "stroke"},
+        "scale": {"domain": ["without", "with"], "range": [[4, 4], [1, 0]]},
+        "legend": {"symbolType": "stroke", "symbolStrokeColor": "gray", "symbolStrokeWidth": 2, "symbolSize": 300},
     }  # fmt: skip
-    drawn = _lines(long, "QSUR", 1 + max(x["layer"] for x in data), strokeDash=dash)
+    drawn = _lines(long, "QSUR", 1 + max(x["layer"] for x in data))
     drawn["encoding"]["y"]["scale"] = {"zero": False}
-    return drawn
+    del drawn["mark"]
+    # points that belonged to the lines would wipe the dashes out of the legend
+    lines = {"mark": "line", "encoding": {"strokeDash": dash}}
+    points = {"mark": {"type": "point", "filled": True, "size": 60, "opacity": 1}}
+    return {**drawn, "layer": [lines, points]}
 
 
 def _learning(section: Section, data: _Data) -> _Spec:

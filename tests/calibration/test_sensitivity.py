@@ -332,6 +332,15 @@ def test_layers_may_be_measured_in_any_order_and_by_a_copy_of_the_probe():
         probe.inputs_of(CachePlan(tuple(layers)), 2)
 
 
+def test_the_exact_model_answers_once_for_probes_of_all_tensors():
+    model = tiny(torch.float32)
+    plan, probe = CachePlan(tuple(exact_layers(model))), probe_of(model, random_ids(1, 64))
+    found = probe.using({}).reference(plan)
+    assert probe.reference(plan) is found
+    assert probe.using({"other": torch.zeros(1)}).reference(plan) is found
+    assert torch.equal(pickle.loads(pickle.dumps(probe)).reference(plan), found)
+
+
 def test_output_errors_do_not_depend_on_how_queries_are_split(monkeypatch):
     model = tiny(torch.float32)
     plan = CachePlan(tuple(exact_layers(model)), sink_tokens=3, residual_window=6)

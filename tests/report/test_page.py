@@ -147,6 +147,18 @@ def test_charts_are_drawn_from_the_rows_of_the_tables(artifact, evaluation):
             assert drawn == tables, section.name
 
 
+def test_no_legend_has_symbols_that_cannot_be_seen(artifact, evaluation):
+    import vl_convert
+
+    seen = 0
+    for section in sections(artifact, evaluation):
+        for legend in vl_convert.vegalite_to_vega(charts.spec(section)).get("legends", []):
+            symbols = legend.get("encode", {}).get("symbols", {}).get("update", {})
+            assert "fill" in legend or symbols.get("stroke", {}).get("value") != "transparent", section.name
+            seen += 1
+    assert seen > 3
+
+
 def test_peers_are_those_of_the_benchmark_and_only_for_its_model(artifact):
     assert not any("llama.cpp" in row[0] for row in sections(artifact)[0].rows)
     measured = json.loads(BENCHMARK.read_text())
