@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -218,8 +217,8 @@ class Probe:
 
     def using(self, tensors: Mapping[str, Tensor]) -> Probe:
         """Return the same probe for codecs that need other tensors; the reference is not computed again."""
-        other = copy(self)
-        other.tensors = tensors
+        other = Probe(self.model, self.ids, self.rope, tensors)
+        other._reference = self._reference
         return other
 
     @property
