@@ -13,7 +13,7 @@ import pytest
 from kvcli.errors import InputError
 from kvcli.evaluation.generation import Sum, common, number, repetition
 from kvcli.evaluation.reading import encode
-from kvcli.evaluation.suites import SUITES, SYNTHETIC, TASKS, gather
+from kvcli.evaluation.suites import CHOICES, SUITES, SYNTHETIC, TASKS, gather
 from kvcli.evaluation.tasks import Log, Outcome, Settings, run, summarize
 from kvcli.models.loading import LoadedModel, load
 from kvcli.plan import CachePlan, LayerPlan
@@ -174,6 +174,17 @@ def test_tasks_without_their_data_are_passed_over_where_a_suite_asked_for_them(e
     with pytest.raises(InputError, match=r"piqa\.jsonl"):
         gather(("piqa",), exact, settings)
     assert len(gather(("arc_easy",), exact, settings, everything=True)[0]["arc_easy"]) == len(ROWS)
+
+
+def test_the_documents_say_what_suites_are_made_of():
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    for name, suite in SUITES.items():
+        line = next(x for x in page.splitlines() if x.startswith(f"| `{name}` |"))
+        cells = [x.strip() for x in line.split("|")[1:-1]]
+        questions = str(suite.questions) if set(suite.tasks) & set(CHOICES) else ""
+        assert [*cells[2:5], cells[6]] == [str(suite.items), questions, str(suite.windows), str(suite.tokens)]
+        if name != "long":
+            assert cells[5] == ", ".join(map(str, suite.lengths))
 
 
 def test_suites_know_their_tasks_and_keep_to_the_context():
