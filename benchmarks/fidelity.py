@@ -175,8 +175,9 @@ def main() -> None:
         "window": int(args.window), "windows": int(args.limit),
     }  # fmt: skip
     rows = Rows(args.out, asked, fresh=args.fresh)
+    earlier = rows.result.get("machine", {}).get("versions", {})  # rows that are taken over may be of who is gone since
     rows.result["machine"] = {
-        "processor": platform.machine(), "python": platform.python_version(), "versions": versions()
+        "processor": platform.machine(), "python": platform.python_version(), "versions": {**earlier, **versions()}
     }  # fmt: skip
     if "kvcli" in groups:
         with nullcontext(args.keep) if args.keep else tempfile.TemporaryDirectory() as folder:
