@@ -106,7 +106,7 @@ class Evidence:
             self.result["artifacts"][name] = row
         if "fidelity" not in row:
             found, row["seconds"]["fidelity"] = self._eval(path, fidelity.TASKS, self.args.windows)
-            row["fidelity"] = found
+            row["fidelity"] = found | {"data": Path(self.args.data).name}  # where it lies is nobody's business
             self._save()
         missing = [x for x in self._tasks() if x not in row["tasks"]]
         choices = [x for x in missing if x in suites.CHOICES]
