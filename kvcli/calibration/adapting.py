@@ -25,9 +25,9 @@ from kvcli.calibration.aqua_kv import Fitted, Statistics
 from kvcli.calibration.corpora import Corpus
 from kvcli.calibration.measuring import check_probe
 from kvcli.calibration.moments import Moments
-from kvcli.calibration.pipeline import MAX_BITS, Budget, Calibration, curve, summary
+from kvcli.calibration.pipeline import MAX_BITS, Budget, Calibration, curve, scale_of, summary
 from kvcli.calibration.sensitivity import Sensitivity
-from kvcli.calibration.space import read_recipe
+from kvcli.calibration.space import section
 from kvcli.calibration.stages import Show, silent
 from kvcli.calibration.surrogate import Solution, solve
 from kvcli.errors import InputError, KvcliError
@@ -86,13 +86,11 @@ class AdapterSettings:
         InputError
             If the section is not valid.
         """
-        section = (read_recipe(name) or {}).get("adapters", {})
-        if not isinstance(section, dict):
-            raise InputError(f"recipe {name} is not a recipe: its section 'adapters' is no mapping.")
+        stated = section(name, "adapters") or {}
         known = [x.name for x in fields(cls)]
-        if unknown := sorted(set(map(str, section)) - set(known)):
+        if unknown := sorted(set(map(str, stated)) - set(known)):
             raise InputError(f"adapters has no {unknown[0]!r}; it has {', '.join(known)}.")
-        return cls(**section)
+        return cls(**stated)
 
     @property
     def predicts(self) -> bool:
@@ -211,7 +209,7 @@ def apply(
         solution = Solution(x.plan, x.predicted_kl)
         report["verified"].append(summary(solution, found.budget.context, kl=c.kl, delta_nll=c.delta_nll))
     if not fixed:
-        report["scale"] = cost.kl / best.predicted_kl
+        report["scale"] = scale_of([(cost.kl, best.predicted_kl)])
         report["curve"] = curve(on_residuals(costs, best.fitted.left), report["scale"], found.budget.context)
     found.plan, found.tensors = best.plan, {**found.tensors, **best.fitted.tensors}
     found.moments = (own.train + own.held_out).to_tensors()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from kvcli.calibration.space import SearchSpace, read_recipe
+from kvcli.calibration.space import SearchSpace, section
 from kvcli.errors import InputError
 from kvcli.plan import CachePlan, LayerPlan
 from kvcli.quant.format import KVFormat
@@ -143,12 +143,8 @@ class LearnSettings:
     @classmethod
     def of_recipe(cls, name: str) -> LearnSettings | None:
         """Read a recipe's section ``learn``; None if it has none, or there is no such recipe."""
-        found = read_recipe(name)
-        if found is None or "learn" not in found:
-            return None
-        if not isinstance(found["learn"], dict):
-            raise InputError(f"recipe {name} is not a recipe: its section 'learn' is no mapping.")
-        return cls.from_json(found["learn"])
+        stated = section(name, "learn")
+        return None if stated is None else cls.from_json(stated)
 
     @classmethod
     def from_json(cls, obj: Mapping[str, Any]) -> LearnSettings:

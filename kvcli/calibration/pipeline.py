@@ -8,7 +8,7 @@ on workers. :mod:`kvcli.calibration.solving` makes further artifacts from what w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -198,6 +198,8 @@ def calibrate(
         from kvcli.calibration import paper_search
 
         paper_search.check_installed()
+        if not space.layerwise:
+            raise UsageError(f"--search {search} gives each layer its own formats; recipe {recipe} gives all the same.")
     loaded.model.set_attn_implementation(ATTENTION)
     stages = Stages.beside(out, fresh=fresh, show=show)
     ids = corpus.ids
@@ -222,7 +224,7 @@ def calibrate(
             sampler = paper_search.SAMPLERS[search]
             tried, front = paper_search.search(work, costs, ids, budget, sampler, trials=trials, seed=seed, task=task)
             chosen, more = 0, {"front": front.to_json()}
-    scale = median(x.cost.kl / x.predicted_kl for x in tried)
+    scale = scale_of((x.cost.kl, x.predicted_kl) for x in tried)
     report = {
         "sensitivity": costs.to_json(),
         "scale": scale,
@@ -233,6 +235,11 @@ def calibrate(
         **more,
     }
     return Calibration(budget, tried[chosen].plan, tensors, report, stages)
+
+
+def scale_of(losses: Iterable[tuple[float, float]]) -> float:
+    """Return how many times the predicted loss plans cost, from pairs of both; 1 where nothing is lost, in 16 bits."""
+    return median([kl / predicted for kl, predicted in losses if kl > 0 and predicted > 0] or [1.0])
 
 
 def check_budget(space: SearchSpace, geometry: list[LayerPlan], budget: Budget, dtype: str) -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from kvcli.calibration import precalibration
 from kvcli.calibration.capture import embed, plain_cache, run_layer
 from kvcli.calibration.corpora import Corpus
 from kvcli.calibration.gptq import DAMPING, gptq
+from kvcli.calibration.space import section
 from kvcli.calibration.stages import Show, Stages, Step, silent
 from kvcli.errors import InputError, UsageError
 from kvcli.models.loading import LoadedModel
@@ -33,7 +34,7 @@ from kvcli.quant.stored import BnbLinear, GptqLinear, StoredLinear
 from kvcli.quant.weight_format import WeightFormat
 from kvcli.runtime.packed_cache import ATTENTION
 
-Kind = Literal["none", "int3", "int4", "int8", "nf4", "llm-int8"]
+Kind = Literal["int3", "int4", "int8", "nf4", "llm-int8"]
 Method = Literal["rtn", "precalibrated", "gptq", "precalibrated+gptq"]
 
 BITS = {"int3": 3, "int4": 4, "int8": 8}
@@ -65,6 +66,26 @@ class WeightSettings:
     kind: Kind = "int4"
     method: Method = "precalibrated+gptq"
     symmetric: bool = False
+
+    @classmethod
+    def of_recipe(cls, name: str) -> WeightSettings | None:
+        """Read a recipe's section ``weights``; None without one, or without such a recipe.
+
+        Raises
+        ------
+        InputError
+            If the section is not valid.
+        """
+        stated = section(name, "weights")
+        if stated is None:
+            return None
+        known = {"kind": get_args(Kind), "method": get_args(Method), "symmetric": (True, False)}
+        for key, value in stated.items():
+            if key not in known:
+                raise InputError(f"weights has no {key!r}; it has {', '.join(known)}.")
+            if not any(type(value) is type(x) and value == x for x in known[key]):
+                raise InputError(f"weights: {key} {value!r} is not one of {', '.join(map(str, known[key]))}.")
+        return cls(**stated)
 
 
 def common_group(widths: Sequence[int], most: int = GROUP) -> int:

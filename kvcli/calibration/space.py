@@ -43,6 +43,8 @@ class SearchSpace:
         Candidates for what all layers share; every combination is weighed.
     rope, transform, center
         How every layer treats keys and values before they are quantised; see :class:`kvcli.plan.LayerPlan`.
+    layerwise
+        Whether each layer chooses for itself; if not, one format holds all keys and one all values.
     """
 
     k: tuple[KVFormat, ...]
@@ -53,6 +55,7 @@ class SearchSpace:
     rope: Literal["before", "after"] = "after"
     transform: str = "none"
     center: bool = False
+    layerwise: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -64,8 +67,9 @@ class SearchSpace:
                 raise InputError(f"{name} must be a list of whole numbers.")
         if unknown := set(self.block_sizes) - set(BLOCK_SIZES):
             raise InputError(f"block_sizes {min(unknown)} is not one of {BLOCK_SIZES}.")
-        if not isinstance(self.center, bool):
-            raise InputError("center must be true or false.")
+        for name in ("center", "layerwise"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be true or false.")
 
     def settings(self) -> Iterator[Setting]:
         """Yield every combination of what all layers share, cheapest first."""
@@ -144,7 +148,7 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-SECTIONS = ("search", "learn", "adapters")  # of a recipe; all but the first may be left out
+SECTIONS = ("search", "learn", "adapters", "weights")  # of a recipe; all but the first may be left out
 
 
 def read_recipe(name: str) -> dict[str, Any] | None:
@@ -175,8 +179,24 @@ def read_recipe(name: str) -> dict[str, Any] | None:
     return found
 
 
+def section(recipe: str, name: str) -> dict[str, Any] | None:
+    """Return a recipe's section but ``search``; None without one, or without such a recipe.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_recipe`, and if the section is no mapping.
+    """
+    found = (read_recipe(recipe) or {}).get(name)
+    if found is not None and not isinstance(found, dict):
+        raise InputError(f"recipe {recipe} is not a recipe: its section {name!r} is no mapping.")
+    return found
+
+
 def load_recipe(name: str) -> SearchSpace | None:
-    """Read the search space of a recipe; None if ``name`` is none. A space may name the recipe whose it shares.
+    """Read the search space of a recipe; None if ``name`` is none.
+
+    A space may be that of another recipe (``search: balanced``), with changes (``{like: balanced, center: false}``).
 
     Raises
     ------
@@ -186,12 +206,15 @@ def load_recipe(name: str) -> SearchSpace | None:
     found = read_recipe(name)
     if found is None:
         return None
-    if isinstance(found["search"], str):
-        shared = None if found["search"] == name else read_recipe(found["search"])
-        if shared is None or isinstance(shared["search"], str):
-            raise InputError(f"recipe {name} searches as {found['search']!r} does, which is no recipe with a space.")
-        found = shared
+    space = found["search"]
+    space = {"like": space} if isinstance(space, str) else space
     try:
-        return SearchSpace.from_json(found["search"])
+        if "like" in space:
+            other = str(space["like"])
+            shared = None if other == name else read_recipe(other)
+            if shared is None or not isinstance(shared["search"], dict) or "like" in shared["search"]:
+                raise InputError(f"recipe {name} searches as {other!r} does, which is no recipe with a space.")
+            space = {**shared["search"], **{k: x for k, x in space.items() if k != "like"}}
+        return SearchSpace.from_json(space)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"recipe {name} is not a recipe: {str(error).splitlines()[0]}.") from None

@@ -77,12 +77,16 @@ class Frontier:
         weights = [_weights(found.space, setting, x, found.dtype, None if nominal else length) for x in found.geometry]
         kl = zip(found.kl["k"], found.kl["v"], strict=True)
         self._losses = [[k[a] + v[b] for a, b in self._choices] for k, v in kl]
+        if not found.space.layerwise:  # one choice, which all layers pay for
+            weights, self._losses = ([[sum(x) for x in zip(*each, strict=True)]] for each in (weights, self._losses))
         scalars = sum(x.scalars_per_token for x in found.geometry)
         self._per_bit = 2 * len(found.geometry) if nominal else length * scalars / 8
         self._knapsack = Knapsack(weights, self._losses, math.floor(bits * self._per_bit + 1e-9))
 
     def _plan(self, choices: list[int]) -> CachePlan:
         space, chosen = self.found.space, [self._choices[c] for c in choices]
+        if not space.layerwise:
+            chosen = chosen[:1] * len(self.found.geometry)
         layers = [space.layer(x, space.k[a], space.v[b]) for x, (a, b) in zip(self.found.geometry, chosen, strict=True)]
         return space.plan(layers, self.setting, self.found.dtype)
 

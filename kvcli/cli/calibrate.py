@@ -76,13 +76,21 @@ def calibrate(
         option("--transforms", help="Learn transforms and fuse them: as the recipe says, with the defaults, or not."),
     ] = "recipe",
     weights: Annotated[
-        Literal["none", "int3", "int4", "int8", "nf4", "llm-int8"],
-        option("--weights", help="Store linear layers in AutoGPTQ's layout (int3, int4, int8) or bitsandbytes'."),
-    ] = "none",
+        Literal["recipe", "none", "int3", "int4", "int8", "nf4", "llm-int8"],
+        option(
+            "--weights",
+            help="Store linear layers in AutoGPTQ's layout (int3, int4, int8) or bitsandbytes': as the recipe says, or "
+            "so.",
+        ),
+    ] = "recipe",
     weight_method: Annotated[
-        Literal["rtn", "precalibrated", "gptq", "precalibrated+gptq"],
-        option("--weight-method", help="How int3, int4 and int8 weights are chosen; gptq reads the calibration text."),
-    ] = "precalibrated+gptq",
+        Literal["rtn", "precalibrated", "gptq", "precalibrated+gptq"] | None,
+        option(
+            "--weight-method",
+            help="How int3, int4 and int8 weights are chosen; gptq reads the calibration text.",
+            show_default="precalibrated+gptq",
+        ),
+    ] = None,
     weight_symmetric: Annotated[
         bool,
         option("--weight-symmetric", help="Keep zero points of int weights in the middle: vLLM reads no others."),
@@ -169,7 +177,15 @@ def calibrate(
         raise UsageError(f"--objective {objective} is for --search kvtuner-…; or choose by it in kvcli solve --verify.")
     if workers and ray is None:
         raise UsageError("--workers are Ray's: give --ray auto or --ray ADDRESS too.")
-    if ray is not None and weights != "none":
+    if weights == "recipe":
+        stored = None if preset is not None else quantized_weights.WeightSettings.of_recipe(recipe)
+    else:
+        stored = None if weights == "none" else quantized_weights.WeightSettings(weights)
+    if stored is not None:
+        stored = replace(stored, method=weight_method or stored.method, symmetric=weight_symmetric or stored.symmetric)
+    elif weight_method is not None or weight_symmetric:
+        raise UsageError("--weight-method and --weight-symmetric say how weights are stored: give --weights too.")
+    if ray is not None and stored is not None:
         raise UsageError("Ray's workers load the model anew: first --weights alone, then --ray on what it wrote.")
     if preset is not None and transforms == "learned":
         raise UsageError("--transforms learned is for recipes: a preset is taken as it was published.")
@@ -205,8 +221,7 @@ def calibrate(
         transforming.check(loaded, learn)
         if learn.steps:  # closed forms make do with the text that is asked for
             tokens = max(tokens, learn.windows * learn.tokens)
-    stored = quantized_weights.WeightSettings(weights, weight_method, weight_symmetric)
-    if weights != "none" or weight_symmetric:
+    if stored is not None:
         quantized_weights.check(loaded, stored)
     context = context or min(loaded.max_context, 8192)
     geometry = pipeline.exact_layers(loaded)
@@ -241,7 +256,7 @@ def calibrate(
             loaded, corpus, learn, out, seed=seed, fresh=fresh, show=progress
         )
         fresh = False  # earlier stages were forgotten just now
-    if weights != "none":
+    if stored is not None:
         loaded, *about_weights = quantized_weights.quantize(loaded, corpus, stored, out, fresh=fresh, show=progress)
         fresh = False  # earlier stages were forgotten just now
     with ExitStack() as stack:

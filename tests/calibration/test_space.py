@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kvcli.calibration.adapting import AdapterSettings
+from kvcli.calibration.learn_settings import LearnSettings
+from kvcli.calibration.quantized_weights import WeightSettings
 from kvcli.calibration.space import SearchSpace, Setting, load_recipe, recipe_names
 from kvcli.errors import InputError
 from kvcli.plan import LayerPlan
@@ -60,7 +66,8 @@ def test_every_recipe_fits_every_common_head(name, dim):
     recipe = load_recipe(name)
     fitted = recipe.fitting(layers)
     for formats, listed in ((fitted.k, recipe.k), (fitted.v, recipe.v)):
-        assert {f.bits for f in formats} == {f.bits for f in listed} >= {2, 4, 8}  # no width is lost to a head
+        widths = {16} if name == "weights-only" else {2, 4, 8}
+        assert {f.bits for f in formats} == {f.bits for f in listed} >= widths  # no width is lost to a head
     held = set()
     for setting in fitted.settings():
         for k in fitted.k:
@@ -70,6 +77,53 @@ def test_every_recipe_fits_every_common_head(name, dim):
                     held |= {k, v}
                     assert plan.bytes_at(2048) > 0
     assert held == {*fitted.k, *fitted.v}
+
+
+def test_recipes_for_one_method_leave_out_the_others():
+    settings = (LearnSettings, AdapterSettings, WeightSettings)
+
+    def parts(name: str) -> tuple[object, ...]:
+        space = load_recipe(name)
+        return (space.transform != "none", space.center, space.layerwise, *(x.of_recipe(name) for x in settings))
+
+    balanced, smallest, everything = map(parts, ("balanced", "smallest", "everything"))
+    nothing = AdapterSettings()
+    assert smallest == (*balanced[:4], AdapterSettings("always"), None)
+    assert everything == (*smallest[:5], WeightSettings())
+    assert parts("search-only") == (False, False, True, None, nothing, None)
+    assert parts("transforms-only") == (True, True, False, balanced[3], nothing, None)
+    assert parts("predictors-only") == (False, False, False, None, smallest[4], None)
+    assert parts("weights-only") == (False, False, True, None, nothing, WeightSettings("int4", "precalibrated"))
+    assert load_recipe("everything") == load_recipe("smallest") == load_recipe("balanced")
+    as_default = {"transform": "hadamard", "center": True, "layerwise": True}
+    for name in ("search-only", "transforms-only", "predictors-only"):
+        assert replace(load_recipe(name), **as_default) == load_recipe("balanced")
+
+
+def test_the_page_lists_every_recipe_and_its_example_is_one(recipe):
+    page = (Path(__file__).parents[2] / "docs/recipes.md").read_text("utf-8")
+    listed = [name for line in page.splitlines() if line.startswith("| `") for name in re.findall("`([^`]+)`", line)]
+    assert set(recipe_names()) <= set(listed)
+    [example] = re.findall(r"## Sections\n\n((?:    .*\n)+)", page)
+    name = recipe(textwrap.dedent(example))
+    assert load_recipe(name) == replace(load_recipe("balanced"), residual_windows=(32,), layerwise=False)
+    found = [x.of_recipe(name) for x in (LearnSettings, AdapterSettings, WeightSettings)]
+    assert found[1:] == [AdapterSettings("always"), WeightSettings()]
+    assert found[0] is not None
+    assert not found[0].steps
+
+
+def test_a_space_may_be_that_of_another_recipe_with_changes(recipe):
+    balanced = load_recipe("balanced")
+    assert load_recipe(recipe("search: balanced")) == load_recipe(recipe("search: {like: balanced}")) == balanced
+    changed = load_recipe(recipe("search: {like: balanced, residual_windows: [8], layerwise: false}"))
+    assert changed == replace(balanced, residual_windows=(8,), layerwise=False)
+    said = "which is no recipe with a space"
+    for other in ("nonsense", "smallest", "search-only"):  # the last two name another themselves
+        assert said in refusal(recipe(f"search: {other}"))
+        assert said in refusal(recipe(f"search: {{like: {other}}}"))
+    itself = recipe("")
+    assert said in refusal(recipe(f"search: {{like: {itself}}}"))
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -134,7 +188,14 @@ def test_what_is_not_a_recipe_is_refused(recipe, text, said):
 
 @pytest.mark.parametrize(
     "line",
-    ["block_sizes: 16", "sink_tokens: [a]", "residual_windows: [1.5]", "center: maybe", "sink_tokens: [true]"],
+    [
+        "block_sizes: 16",
+        "sink_tokens: [a]",
+        "residual_windows: [1.5]",
+        "center: maybe",
+        "sink_tokens: [true]",
+        "layerwise: 1",
+    ],
 )
 def test_fields_of_the_wrong_type_are_refused_when_they_are_read(recipe, line):
     # not after the model has been measured

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvcli.calibration.sensitivity import Sensitivity
-from kvcli.calibration.space import SearchSpace, load_recipe
+from kvcli.calibration.space import SearchSpace, fits, load_recipe
 from kvcli.calibration.surrogate import Frontiers, least_bits, solve, spent
 from kvcli.errors import BudgetError
 from kvcli.plan import LayerPlan
@@ -84,6 +84,28 @@ def test_the_plan_is_the_best_of_all_plans(layers, context):
         budget = least * (1 + 1e-9) + share * (16 - least)
         best = min(loss for bits, loss in points if bits <= budget)
         assert solve(found, budget, context)[0].predicted_kl == pytest.approx(best)
+
+
+@pytest.mark.parametrize("nominal", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_without_the_layerwise_search_all_layers_get_the_best_common_pair(model, nominal):
+    layers = MODELS[model]
+    searched = replace(load_recipe("balanced").fitting(layers), layerwise=False)
+    found = invented(searched, layers)
+    for bits in (2.6, 3.25, 4.5):
+        best = solve(found, bits, 1000, nominal=nominal)[0]
+        assert len({(x.k, x.v) for x in best.plan.layers}) == 1
+        within = []
+        for setting, ratio in found.ratio.items():
+            for (a, k), (b, v) in itertools.product(enumerate(searched.k), enumerate(searched.v)):
+                if not (fits(k, setting.block_size) and fits(v, setting.block_size)):
+                    continue
+                plan = searched.plan([searched.layer(x, k, v) for x in layers], setting, "bfloat16")
+                if spent(plan, 1000, nominal=nominal) <= bits:
+                    within.append(ratio * sum(found.kl["k"][i][a] + found.kl["v"][i][b] for i in range(len(layers))))
+        assert best.predicted_kl == pytest.approx(min(within))
+        free = replace(found, space=replace(searched, layerwise=True))
+        assert solve(free, bits, 1000, nominal=nominal)[0].predicted_kl < best.predicted_kl
 
 
 @pytest.mark.parametrize("nominal", [False, True])

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_checks import Run
+from cli_checks import Run, accepted, refused
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +81,45 @@ def test_it_is_a_model_to_calibrate_again_but_not_to_quantise_again(int4, warm, 
     for path in sorted(out.rglob("*")):
         path.unlink()
     out.rmdir()
+
+
+def test_a_recipe_may_store_weights_and_the_option_has_the_last_word(warm, tinystories, tmp_path):
+    words = ("calibrate", tinystories, "--bits", 17, "--context", 512, "--tokens", 512, "--recipe", "weights-only")
+    accepted(warm(*words, "-o", tmp_path / "A"))
+    manifest = json.loads((tmp_path / "A/kvcli.json").read_text())
+    assert (manifest["stages"][0]["settings"]["kind"], manifest["stages"][0]["settings"]["method"]) == (
+        "int4", "precalibrated",
+    )  # fmt: skip
+    assert {x[which]["bits"] for x in manifest["plan"]["layers"] for which in "kv"} == {16}
+    accepted(warm(*words, "--weight-method", "rtn", "--weight-symmetric", "-o", tmp_path / "B"))
+    manifest = json.loads((tmp_path / "B/kvcli.json").read_text())
+    assert manifest["stages"][0]["settings"]["method"] == "rtn"
+    assert json.loads((tmp_path / "B/quantize_config.json").read_text())["sym"] is True
+    accepted(warm(*words, "--weights", "none", "-o", tmp_path / "C"))
+    assert not (tmp_path / "C/quantize_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("[int4]", "its section 'weights' is no mapping"),
+        ("{kind: int5}", "kind 'int5' is not one of int3, int4"),
+        ("{method: best}", "method 'best' is not one of rtn"),
+        ("{symmetric: 1}", "symmetric 1 is not one of True, False"),
+        ("{bits: 4}", "weights has no 'bits'"),
+        ("{kind: [int4]}", "is not one of"),
+    ],
+)
+def test_a_recipe_that_stores_nonsense_is_refused(warm, tinystories, tmp_path, section, said):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"search: fast\nweights: {section}\n")
+    refused(warm("calibrate", tinystories, "--bits", 4, "--recipe", recipe, "-o", tmp_path / "A"), 3, said)
+
+
+def test_how_weights_are_stored_is_of_no_use_without_saying_in_what(warm, tinystories, tmp_path):
+    words = ("calibrate", tinystories, "--bits", 4, "-o", tmp_path / "A")
+    refused(warm(*words, "--weight-method", "rtn"), 2, "give --weights too")
+    refused(warm(*words, "--weights", "none", "--weight-symmetric"), 2, "give --weights too")
 
 
 def test_weights_with_ray_are_refused_before_anything_is_loaded(tinystories, warm, out):
