@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -154,22 +155,25 @@ def ridge_regression(
 def _choose(
     train: Moments, held_out: Moments, names: list[str], target: str, noise: Tensor
 ) -> tuple[float, float]:  # fmt: skip
-    """Return the ridge that leaves least of the target on held-out text, and the share it leaves."""
+    """Return the ridge that leaves least of the target on held-out text, and the share it leaves.
+
+    With the ridge the error falls and then rises, so it is followed downhill from a middling one: a handful of
+    factorisations take half the time of the eigendecomposition that would serve all ridges.
+    """
     cxx, cyx = train.covariance(names, names) + noise.diag(), train.covariance([target], names)
-    values, q = torch.linalg.eigh(cxx)
-    scale = float(values.mean())
-    projected = cyx @ q
-    # on held-out text, in the eigenbasis of the training text's inputs
-    vxx = q.t() @ (held_out.covariance(names, names) + noise.diag()) @ q
-    vyx = held_out.covariance([target], names) @ q
-    variance = float(held_out.covariance([target], [target]).trace())
+    vxx, vyx = held_out.covariance(names, names) + noise.diag(), held_out.covariance([target], names)
     mx, my = ((held_out.mean(n) - train.mean(n)) for n in (names, [target]))
-    shifted = mx @ q
+    variance = float(held_out.covariance([target], [target]).trace())
+    scale = cxx.diagonal().mean()
 
-    def error(ridge: float) -> float:
-        w = projected / (values + ridge * scale)
-        return variance + float(((w @ vxx - 2 * vyx) * w).sum() + (my - w @ shifted).square().sum())
+    @cache
+    def error(at: int) -> float:
+        shrunk = cxx + RIDGES[at] * scale * torch.eye(len(cxx), dtype=cxx.dtype)
+        w = torch.cholesky_solve(cyx.t(), torch.linalg.cholesky(shrunk)).t()
+        return variance + float(((w @ vxx - 2 * vyx) * w).sum() + (my - w @ mx).square().sum())
 
-    errors = {ridge: error(ridge) for ridge in RIDGES}
-    best = min(errors, key=lambda ridge: errors[ridge])
-    return best, errors[best] / variance if variance > 0 else 1.0
+    at, best = -1, len(RIDGES) // 2
+    while at != best:
+        at = best
+        best = min(range(max(0, at - 1), min(len(RIDGES), at + 2)), key=error)
+    return RIDGES[best], error(best) / variance if variance > 0 else 1.0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcli.calibration.moments import Moments, ridge_regression
+from kvcli.calibration.moments import RIDGES, Moments, ridge_regression
 from kvcli.errors import InputError
 
 NAMES = ["0.k", "0.v", "1.k"]
@@ -81,6 +81,23 @@ def test_a_ridge_is_chosen_where_text_is_scarce_and_noisy() -> None:
     least = ridge_regression(train, held, ["0.k", "0.v"], "1.k", ridge=1e-5)
     assert chosen.ridge > 1e-4
     assert left_on((chosen.weight, chosen.bias), judge) < left_on((least.weight, least.bias), judge)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.5, 2.0, 8.0, 40.0])
+@pytest.mark.parametrize("tokens", [14, 30, 300])
+def test_the_ridge_is_the_best_of_all_on_held_out_text(tokens: int, noise: float) -> None:
+    train, held = text(tokens, 0, noise), text(tokens, 1, noise)
+    chosen = ridge_regression(moments(train), moments(held), ["0.k", "0.v"], "1.k")
+    x = torch.cat((train["0.k"], train["0.v"]), 1)
+    mean, target = x.mean(0), train["1.k"].mean(0)
+    covariance = (x - mean).t() @ (x - mean) / tokens
+    found = {}
+    for ridge in RIDGES:
+        shrunk = covariance + ridge * covariance.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+        weight = torch.linalg.solve(shrunk, (x - mean).t() @ (train["1.k"] - target) / tokens).t()
+        found[ridge] = left_on((weight, target - weight @ mean), held)
+    assert chosen.ridge == min(found, key=found.__getitem__)
+    assert chosen.left == pytest.approx(found[chosen.ridge])
 
 
 def test_noise_is_reckoned_with() -> None:
