@@ -5,8 +5,8 @@ the built-in corpus without one of its kinds; judged on WikiText-2 raw test and 
 has the default recipe's transforms, in closed form, and the reference is the model as it was. Every arm searches
 the default's space as ``kvcli solve`` does, from the same measurements of layers, and the best of three settings on
 calibration text is taken. ``--rows text`` asks instead how much text predictors need: all layers in 2 bits, fitted on
-the first 512 tokens and more of it, in turns of kinds. Writes JSON after every measurement, and takes up where it was
-stopped.
+the beginnings of the same windows, 512 tokens in all and more, so that every amount is of all kinds. Writes JSON after
+every measurement, and takes up where it was stopped.
 
     python benchmarks/adapters.py --data wiki.test.raw
     python benchmarks/adapters.py --data wiki.test.raw --rows text
@@ -66,7 +66,7 @@ class Bench:
         self.result: dict[str, Any] = {
             "question": "what are predictors worth, in quality per effective bit?", "model": model_file().name,
             "calibration": LEARN, "transforms": "the default's", "tokens": args.tokens, "windows": args.limit,
-            "results": [], "text": [],
+            "results": [],
         }  # fmt: skip
         if self.out.exists():
             before = json.loads(self.out.read_text())
@@ -98,9 +98,9 @@ class Bench:
             )  # fmt: skip
         return found
 
-    def add(self, kind: str, row: dict[str, Any]) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         """Keep a row."""
-        self.result[kind].append(row)
+        self.result["results"].append(row)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps(self.result, indent=1) + "\n")
 
@@ -123,7 +123,7 @@ class Bench:
                 kl = [probe.using({**self.means, **x.fitted.tensors}).cost_of(x.plan).kl for x in tried]
             best = tried[kl.index(min(kl))]
             plan, fitted = best.plan, best.fitted
-            self.add("results", {
+            self.add({
                 "arm": name, "budget": budget, "model_bytes": plan.model_bytes(), "calibration_kl": min(kl),
                 "sinks": plan.sink_tokens, "window": plan.residual_window,
                 "variance_left": {w: _mean([x for n, x in fitted.left.items() if n.endswith(w)]) for w in "kv"},
@@ -135,16 +135,16 @@ class Bench:
         """Judge the same formats with predictors that saw more and more text."""
         settings, plain = ARMS["always"], replace(self.plan(TWO, TWO), sink_tokens=4, residual_window=32)
         for tokens in AMOUNTS:
-            if any(x["tokens"] == tokens for x in self.result["text"]):
+            if any(x["tokens"] == tokens for x in self.result["results"]):
                 continue
             plan, fitted = plain, None
             if tokens:
                 plan = settings.applied(plain)
-                ids = self.ids.reshape(-1)[:tokens].reshape(-1, min(tokens, WINDOW))
+                ids = self.ids[:, : tokens // len(self.ids)]
                 with torch.no_grad():
                     fitted = aqua_kv.fit(plan, aqua_kv.statistics(self.loaded, plan, ids))
             found = self.judged(f"2 bits, fitted on {tokens} tokens", plan, fitted.tensors if fitted else {})
-            self.add("text", {"tokens": tokens, "texts": found})
+            self.add({"tokens": tokens, "texts": found})
 
     def plan(self, k: KVFormat, v: KVFormat) -> CachePlan:
         """Return the plan that treats all layers alike."""
@@ -152,7 +152,7 @@ class Bench:
 
 
 def _asked(result: dict[str, Any]) -> dict[str, Any]:
-    return {k: x for k, x in result.items() if k not in {"results", "text"}}
+    return {k: x for k, x in result.items() if k != "results"}
 
 
 def main() -> None:
@@ -162,10 +162,12 @@ def main() -> None:
     parser.add_argument("--rows", choices=("arms", "text"), default="arms", help="which question to ask")
     parser.add_argument("--bits", default="2.5,3.25,4.25", help="effective bits at 2048 tokens, with commas")
     parser.add_argument("--tokens", type=int, default=65536, help="calibration tokens")
-    parser.add_argument("--limit", type=int, default=2, help="windows of each text")
+    parser.add_argument("--limit", type=int, help="most windows of each text (default: 2; 8 with --rows text)")
     parser.add_argument("--work", default="build/adapters", help="folder of what was measured")
-    parser.add_argument("--out", default="benchmarks/results/adapters.json")
+    parser.add_argument("--out", help="default: adapters.json or adapters_text.json under benchmarks/results")
     args = parser.parse_args()
+    args.limit = args.limit or (8 if args.rows == "text" else 2)
+    args.out = args.out or f"benchmarks/results/adapters{'_text' if args.rows == 'text' else ''}.json"
     bench = Bench(args)
     if args.rows == "text":
         bench.amounts()

@@ -234,28 +234,28 @@ def _adapters(found: Mapping[str, Any]) -> Iterator[str]:
             x["arm"], f"{one['effective_bits']:.3f}", *losses, f"{100 * one['flips']['rate']:.1f}",
             size(x["model_bytes"]), f"{one['effective_bits_with_model']:.2f}",
         ))  # fmt: skip
-    yield table(
-        (
-            "predictors",
-            "effective bits",
-            *texts,
-            f"top-1 flips on {texts[0]}, %",
-            "predictors' bytes",
-            "bits with them",
-        ),
-        rows,
-    )
+    flips = f"top-1 flips on {texts[0]}, %"
+    yield table(("predictors", "effective bits", *texts, flips, "predictors' bytes", "bits with them"), rows)
     yield _made_by("python benchmarks/adapters.py --data wiki.test.raw", "adapters.json")
-    if amounts := found.get("text"):
-        yield prose(
-            "How much text they need: all layers in 2 bits, the same formats everywhere, predictors as `always` has",
-            "them, fitted on more and more of the same text. Mean KL; the first row has none.",
+
+
+def _amounts(found: Mapping[str, Any]) -> Iterator[str]:
+    texts = list(found["results"][0]["texts"])
+    counts = " and ".join(f"{x} ({found['results'][0]['texts'][x]['windows']} windows)" for x in texts)
+    yield prose(
+        "How much text they need: all layers in 2 bits, the same formats everywhere, predictors as `always` has",
+        f"them, fitted on the beginnings of the same windows, of so many tokens in all. Mean KL on {counts}; the first",
+        "row has none.",
+    )
+    rows = [
+        (
+            str(x["tokens"]),
+            *(_interval(x["texts"][y]["kl"]["mean"], x["texts"][y]["kl"]["interval"], small) for y in texts),
         )
-        yield table(
-            ("tokens", *texts),
-            [(str(x["tokens"]), *(small(x["texts"][y]["kl"]["mean"]) for y in texts)) for x in amounts],
-        )
-        yield _made_by("python benchmarks/adapters.py --data wiki.test.raw --rows text", "adapters.json")
+        for x in found["results"]
+    ]
+    yield table(("tokens", *texts), rows)
+    yield _made_by("python benchmarks/adapters.py --data wiki.test.raw --rows text", "adapters_text.json")
 
 
 def _composition(found: Mapping[str, Any]) -> Iterator[str]:
@@ -391,6 +391,7 @@ _SECTIONS = (
     ("fidelity", _peers),
     ("composition", _composition),
     ("adapters", _adapters),
+    ("adapters_text", _amounts),
     ("capacity", _capacity),
     ("decode", _decode),
     ("serving", _serving),
