@@ -65,7 +65,8 @@ class Measuring:
         inputs = [x["name"] for x in self.stages.record]
         space, dtype = self.space, self.loaded.dtype
         first = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
-        shared = {**self.source, "space": space.to_json()}
+        base = sensitivity.base_setting(space, self.geometry)
+        shared = {**self.source, "space": space.to_json(), "base": vars(base)}
         layers = self.stages.map(
             "sensitivity", partial(sensitivity.measure_layer, self.probe(first), space, self.geometry, dtype),
             list(range(len(self.geometry))), description="sensitivity of each layer", inputs=inputs, run=self.run,
@@ -78,7 +79,8 @@ class Measuring:
             description="sinks, window and page size", inputs=inputs, run=self.run,
             settings={**shared, "windows": CHECK_WINDOWS, "tokens": ids.shape[1]},
         )  # fmt: skip
-        ratio = sensitivity.setting_ratios(space, {s: x["kl"] for s, x in zip(plans, measured, strict=True)})
+        kl = {setting: x["kl"] for setting, x in zip(plans, measured, strict=True)}
+        ratio = sensitivity.setting_ratios(space, self.geometry, kl)
         found = sensitivity.layer_costs(space, layers)
         return Sensitivity(space, self.geometry, dtype, found["error"], found["kl"], found["measured"], ratio)
 

@@ -32,7 +32,9 @@ from kvcli.runtime.packed_layer import PackedLayer
 
 Which = Literal["k", "v"]
 TENSORS: tuple[Which, Which] = ("k", "v")
-BASE = Setting(block_size=16, sink_tokens=4, residual_window=0)  # under which layers are compared
+# Under which layers are compared. Without an exact window, layers that look at their neighbours would seem to need the
+# bits, which they do not behind one.
+BASE = Setting(block_size=16, sink_tokens=4, residual_window=32)
 MIN_KL = 1e-12  # nats; below this a measurement is rounding
 QUERIES = 64  # whose scores are held at once
 PARTS = 16
@@ -54,7 +56,7 @@ class Sensitivity:
     measured
         ``measured[which]``: the format that was measured end to end, and its KL in every layer.
     ratio
-        Per setting, what it multiplies the loss by, relative to :data:`BASE`.
+        Per setting, what it multiplies the loss by, relative to :func:`base_setting`.
     """
 
     space: SearchSpace
@@ -312,7 +314,7 @@ def measure_layer(
     of :class:`Cost`, each for ``k`` and ``v``.
     """
     exact = KVFormat.exact()
-    plain = space.plan([space.layer(x, exact, exact) for x in geometry], BASE, dtype)
+    plain = space.plan([space.layer(x, exact, exact) for x in geometry], base_setting(space, geometry), dtype)
     out: dict[str, dict[Which, Any]] = {"error": {}, "kl": {}, "delta_nll": {}}
     hidden, attention = probe.inputs_of(plain, index)
     formats: dict[Which, tuple[KVFormat, ...]] = {"k": space.k, "v": space.v}
@@ -350,12 +352,12 @@ def setting_plans(space: SearchSpace, geometry: list[LayerPlan], dtype: str) -> 
     """Return the uniform plans whose costs say what sinks, window and page size do.
 
     Sinks are taken to act independently of the exact tail (window and page), so each is measured with the other as in
-    the first setting, the base. Everything is stored in the formats that layers are measured with.
+    the first setting, :func:`base_setting`. Everything is stored in the formats that layers are measured with.
     """
     # pages are powers of two, so what fits the smallest fits them all
     k, v = (tuple(f for f in formats if fits(f, min(space.block_sizes))) for formats in (space.k, space.v))
     layers = [space.layer(x, k[anchor(k)], v[anchor(v)]) for x in geometry]
-    base = _base(space)
+    base = base_setting(space, geometry)
     wanted = [base]
     for x in space.settings():
         wanted.append(replace(base, block_size=x.block_size, residual_window=x.residual_window))
@@ -363,13 +365,23 @@ def setting_plans(space: SearchSpace, geometry: list[LayerPlan], dtype: str) -> 
     return {x: space.plan(layers, x, dtype) for x in wanted}
 
 
-def _base(space: SearchSpace) -> Setting:
-    return BASE if BASE.block_size in space.block_sizes else replace(BASE, block_size=min(space.block_sizes))
+def base_setting(space: SearchSpace, geometry: Sequence[LayerPlan]) -> Setting:
+    """Return the setting under which layers are compared: :data:`BASE`, as far as the space and the model have it.
+
+    The window is the widest candidate up to that of :data:`BASE`, or to a quarter of the narrowest sliding layer, which
+    would see nothing packed behind a wider one.
+    """
+    block = BASE.block_size if BASE.block_size in space.block_sizes else min(space.block_sizes)
+    widest = min([BASE.residual_window, *(x.window // 4 for x in geometry if x.window is not None)])
+    window = max((x for x in space.residual_windows if x <= widest), default=min(space.residual_windows))
+    return Setting(block, BASE.sink_tokens, window)
 
 
-def setting_ratios(space: SearchSpace, kl: Mapping[Setting, float]) -> dict[Setting, float]:
-    """Return what each setting multiplies the loss by, relative to :data:`BASE`, from the KL of the plans measured."""
-    base, at = _base(space), {setting: max(x, MIN_KL) for setting, x in kl.items()}
+def setting_ratios(
+    space: SearchSpace, geometry: Sequence[LayerPlan], kl: Mapping[Setting, float]
+) -> dict[Setting, float]:  # fmt: skip
+    """Return what each setting multiplies the loss by, relative to the base, from the KL of the plans measured."""
+    base, at = base_setting(space, geometry), {setting: max(x, MIN_KL) for setting, x in kl.items()}
     out = {}
     for x in space.settings():
         tail = at[replace(base, block_size=x.block_size, residual_window=x.residual_window)]

@@ -26,7 +26,7 @@ from kvcli.models.loading import LoadedModel, load
 from kvcli.plan import CachePlan
 from kvcli.quant.format import KVFormat
 
-BUDGET = Budget(5.0, 512)
+BUDGET = Budget(4.5, 512)
 
 
 @pytest.fixture(scope="module")
@@ -211,14 +211,15 @@ def searched(loaded: LoadedModel, corpus: Corpus, tmp_path_factory: pytest.TempP
 
 
 def test_kvtuners_search_meets_the_budget_and_keeps_its_front(searched):
-    assert searched.plan.effective_bits(512) <= 5
+    assert searched.plan.effective_bits(512) <= BUDGET.bits
     front = json.loads(json.dumps(searched.report))["front"]
     assert front["trials"] == 12
     assert 0 < front["evaluations"] <= 12
     bits, losses = ([x[name] for x in front["points"]] for name in ("bits", "loss"))
     assert bits == sorted(bits)
     assert losses == sorted(losses, reverse=True)
-    assert searched.report["verified"][0]["kl"] == min(x for x, b in zip(losses, bits, strict=True) if b <= 5)
+    within = [x for x, b in zip(losses, bits, strict=True) if b <= BUDGET.bits]
+    assert searched.report["verified"][0]["kl"] == min(within)
 
 
 def test_kvtuners_search_goes_on_where_it_was_killed(loaded, corpus, searched, monkeypatch, tmp_path):
@@ -275,7 +276,7 @@ def test_another_budget_measures_only_what_depends_on_it(loaded, corpus, found, 
 
 
 def test_the_plan_meets_the_budget_and_is_the_best_of_those_tried(found):
-    assert found.plan.effective_bits(512) <= 5
+    assert found.plan.effective_bits(512) <= BUDGET.bits
     tried = found.report["verified"]
     assert refine.LEADING < len(tried) <= 8
     best = tried[found.report["chosen"]]
@@ -394,7 +395,7 @@ def test_what_is_written_is_what_was_found(written, found, loaded, corpus, out):
     assert all(torch.equal(x, found.tensors[name]) for name, x in artifact.tensors().items())
     manifest = artifact.manifest
     assert manifest["context"] == 512
-    assert manifest["budget"] == {"bits": 5.0, "nominal": False}
+    assert manifest["budget"] == {"bits": BUDGET.bits, "nominal": False}
     assert [x["name"] for x in manifest["stages"]] == ["moments", "sensitivity", "settings", "verify", "refine"]
     assert manifest["source"]["model"] == "TinyStories-656K"
     assert manifest["source"]["sha256"] == loaded.sha256

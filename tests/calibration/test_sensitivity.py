@@ -212,7 +212,7 @@ def ratios_of(probe: Probe, searched: SearchSpace, layers: list[LayerPlan]) -> d
     """Measure every setting as calibration does."""
     plans = sensitivity.setting_plans(searched, layers, "bfloat16")
     kl = {s: sensitivity.measure_plan(probe, p.to_json())["kl"] for s, p in plans.items()}
-    return sensitivity.setting_ratios(searched, kl)
+    return sensitivity.setting_ratios(searched, layers, kl)
 
 
 def kl_of_running(model: PreTrainedModel, plan: CachePlan, probe: Probe) -> float:
@@ -273,20 +273,39 @@ def test_settings_are_measured_on_whole_plans_relative_to_the_base():
     model = tiny(torch.bfloat16)
     layers = exact_layers(model)
     probe = probe_of(model, random_ids(1, 160))
-    searched = space(block_sizes=(16, 32), sink_tokens=(0, 4), residual_windows=(0, 40))
+    searched = space(block_sizes=(16, 32), sink_tokens=(0, 4), residual_windows=(0, 24, 40))
     found = ratios_of(probe, searched, layers)
     assert set(found) == set(searched.settings())
-    assert found[BASE] == 1
+    assert found[Setting(16, 4, 24)] == 1
 
     def kl(block: int, sinks: int, window: int) -> float:
         stored = tuple(searched.layer(x, WIDTHS[1], WIDTHS[1]) for x in layers)
         return kl_of_running(model, CachePlan(stored, block, sinks, window, "bfloat16"), probe)
 
-    base = kl(16, 4, 0)
+    base = kl(16, 4, 24)
     for setting, ratio in found.items():
-        tail, sinks = kl(setting.block_size, 4, setting.residual_window), kl(16, setting.sink_tokens, 0)
+        tail, sinks = kl(setting.block_size, 4, setting.residual_window), kl(16, setting.sink_tokens, 24)
         assert ratio == pytest.approx(tail * sinks / base**2, rel=1e-3)
     assert found[Setting(16, 4, 40)] < found[Setting(16, 4, 0)]
+
+
+@pytest.mark.parametrize(
+    ("sliding", "windows", "base"),
+    [(None, (0, 16, 32, 64), 32), (None, (0, 16), 16), (None, (64, 128), 64), (64, (0, 16, 32), 16), (24, (0, 16), 0)],
+)
+def test_layers_are_compared_behind_a_window_that_leaves_something_packed(sliding, windows, base):
+    layers = exact_layers(tiny(torch.bfloat16, sliding))
+    found = sensitivity.base_setting(space(block_sizes=(16,), residual_windows=windows), layers)
+    assert found == Setting(16, BASE.sink_tokens, base)
+
+
+def test_a_layer_that_looks_at_its_neighbours_costs_less_behind_a_window():
+    # what a layer costs is measured as plans with the window read it: nearby tokens exactly
+    model = tiny(torch.bfloat16)
+    layers, probe = exact_layers(model), probe_of(model, random_ids(2, 90))
+    bare, behind = (layers_of(probe, space(residual_windows=x), layers)["measured"] for x in ((0,), (0, 32)))
+    for which in "kv":
+        assert all(0 < a < b for a, b in zip(behind[which]["kl"], bare[which]["kl"], strict=True))
 
 
 @pytest.mark.parametrize("blocks", [(32,), (16, 32), (64,)])
