@@ -5,11 +5,13 @@ the built-in corpus without one of its kinds; judged on WikiText-2 raw test and 
 has the default recipe's transforms, in closed form, and the reference is the model as it was. Every arm searches
 the default's space as ``kvcli solve`` does, from the same measurements of layers, and the best of three settings on
 calibration text is taken. ``--rows text`` asks instead how much text predictors need: all layers in 2 bits, fitted on
-the beginnings of the same windows, 512 tokens in all and more, so that every amount is of all kinds. Writes JSON after
-every measurement, and takes up where it was stopped.
+the beginnings of the same windows, 512 tokens in all and more, so that every amount is of all kinds. ``--rows anchors``
+asks from where to predict: how many layers, how far back, in a chain or from stars, in 2 bits again, and what that
+costs in bytes and products. Writes JSON after every measurement, and takes up where it was stopped.
 
     python benchmarks/adapters.py --data wiki.test.raw
     python benchmarks/adapters.py --data wiki.test.raw --rows text
+    python benchmarks/adapters.py --data wiki.test.raw --rows anchors --tokens 8192
 """
 
 from __future__ import annotations
@@ -46,6 +48,17 @@ ARMS = {
     "none": AdapterSettings(),
     "always, as in the paper": AdapterSettings("always", depth=1, both=False),
     "always, predictors in 4 bits": AdapterSettings("always", bits=4),
+}
+ANCHORS = {
+    "none": None,
+    "the layer's own keys, for values alone": AdapterSettings("absorbed"),
+    "one layer, keys for keys and values for values": AdapterSettings("always", depth=1, both=False),
+    "one layer": AdapterSettings("always", depth=1),
+    "two layers": AdapterSettings("always", depth=2),
+    "three layers": AdapterSettings("always", depth=3),
+    "one layer, two back": AdapterSettings("always", depth=1, back=2),
+    "stars of two": AdapterSettings("always", depth=1, back=2, star=True),
+    "stars of four": AdapterSettings("always", depth=1, back=4, star=True),
 }
 TWO = KVFormat(2, grid="gaussian", scale_dtype="e5m3")
 AMOUNTS = (0, 512, 1024, 2048, 4096, 8192, 16384, 65536)  # tokens that predictors are fitted on; without for 0
@@ -146,6 +159,23 @@ class Bench:
             found = self.judged(f"2 bits, fitted on {tokens} tokens", plan, fitted.tensors if fitted else {})
             self.add({"tokens": tokens, "texts": found})
 
+    def anchors(self) -> None:
+        """Judge the same formats with predictors that read other layers."""
+        plain = replace(self.plan(TWO, TWO), sink_tokens=4, residual_window=32)
+        for name, settings in ANCHORS.items():
+            if any(x["anchors"] == name for x in self.result["results"]):
+                continue
+            plan, fitted = plain, None
+            if settings is not None:
+                plan = settings.applied(plain)
+                with torch.no_grad():
+                    fitted = aqua_kv.fit(plan, aqua_kv.statistics(self.loaded, plan, self.ids))
+            row: dict[str, Any] = {"anchors": name, "model_bytes": plan.model_bytes()}
+            if fitted is not None:
+                row["products_a_token"] = sum(x.numel() for n, x in fitted.tensors.items() if n.endswith("weight"))
+                row["variance_left"] = {w: _mean([x for n, x in fitted.left.items() if n.endswith(w)]) for w in "kv"}
+            self.add({**row, "texts": self.judged(name, plan, fitted.tensors if fitted else {})})
+
     def plan(self, k: KVFormat, v: KVFormat) -> CachePlan:
         """Return the plan that treats all layers alike."""
         return CachePlan(tuple(self.space.layer(x, k, v) for x in self.geometry), dtype=self.loaded.dtype)
@@ -159,20 +189,20 @@ def main() -> None:
     """Collect moments once, then measure arm by arm."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="WikiText-2 raw test file")
-    parser.add_argument("--rows", choices=("arms", "text"), default="arms", help="which question to ask")
+    parser.add_argument("--rows", choices=("arms", "text", "anchors"), default="arms", help="which question to ask")
     parser.add_argument("--bits", default="2.5,3.25,4.25", help="effective bits at 2048 tokens, with commas")
     parser.add_argument("--tokens", type=int, default=65536, help="calibration tokens")
     parser.add_argument("--limit", type=int, help="most windows of each text (default: 2; 8 with --rows text)")
     parser.add_argument("--work", default="build/adapters", help="folder of what was measured")
-    parser.add_argument("--out", help="default: adapters.json or adapters_text.json under benchmarks/results")
+    parser.add_argument("--out", help="default: adapters[_text|_anchors].json under benchmarks/results")
     args = parser.parse_args()
     args.limit = args.limit or (8 if args.rows == "text" else 2)
-    args.out = args.out or f"benchmarks/results/adapters{'_text' if args.rows == 'text' else ''}.json"
+    args.out = args.out or f"benchmarks/results/adapters{'' if args.rows == 'arms' else f'_{args.rows}'}.json"
     bench = Bench(args)
-    if args.rows == "text":
-        bench.amounts()
-    else:
+    if args.rows == "arms":
         bench.arms([float(x) for x in args.bits.split(",")])
+    else:
+        (bench.amounts if args.rows == "text" else bench.anchors)()
     print(f"written to {bench.out}")
 
 

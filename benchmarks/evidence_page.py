@@ -258,6 +258,28 @@ def _amounts(found: Mapping[str, Any]) -> Iterator[str]:
     yield _made_by("python benchmarks/adapters.py --data wiki.test.raw --rows text", "adapters_text.json")
 
 
+def _anchors(found: Mapping[str, Any]) -> Iterator[str]:
+    texts = list(found["results"][0]["texts"])
+    yield prose(
+        "From where to predict: all layers in 2 bits again, each from keys and values of so many layers before it,",
+        "or of one two back, or all of a group from its first (a star). Values are predicted from their own keys too.",
+        f"Mean KL on {' and '.join(texts)}, fitted on {found['tokens']} tokens; products are those of a token in all",
+        "layers, which `always` pays for every token it reads.",
+    )
+    rows = []
+    for x in found["results"]:
+        left = x.get("variance_left", {})
+        rows.append((
+            x["anchors"], *(small(x["texts"][y]["kl"]["mean"]) for y in texts),
+            *("" if left.get(w) is None else f"{left[w]:.2f}" for w in "kv"), size(x["model_bytes"]),
+            f"{x['products_a_token'] / 1e6:.1f}" if "products_a_token" in x else "",
+        ))  # fmt: skip
+    columns = ("predicted from", *texts, "of keys' variance left", "of values'", "bytes a model", "million products")
+    yield table(columns, rows)
+    command = f"python benchmarks/adapters.py --data wiki.test.raw --rows anchors --tokens {found['tokens']}"
+    yield _made_by(command, "adapters_anchors.json")
+
+
 def _composition(found: Mapping[str, Any]) -> Iterator[str]:
     yield "## The methods alone and together\n"
     yield prose(
@@ -391,6 +413,7 @@ _SECTIONS = (
     ("fidelity", _peers),
     ("composition", _composition),
     ("adapters", _adapters),
+    ("adapters_anchors", _anchors),
     ("adapters_text", _amounts),
     ("capacity", _capacity),
     ("decode", _decode),

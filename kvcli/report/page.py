@@ -112,10 +112,11 @@ def _facts(artifact: Artifact, evaluation: Mapping[str, Any] | None) -> list[tup
 def _section(section: Section) -> str:
     titles = "".join(f'<th scope="col">{escape(x)}</th>' for x in section.columns)
     rows = "\n".join("<tr>" + "".join(map(_td, row)) + "</tr>" for row in section.rows)
+    count = f"{len(section.rows)} row{'' if len(section.rows) == 1 else 's'}"
     return (
         f'<section id="{section.name}"><h2>{escape(section.title)}</h2>\n<p>{escape(section.note)}</p>\n'
         f'<div class="chart" id="chart-{section.name}" role="img" aria-label="{escape(section.title)}"></div>\n'
-        f'<details><summary>Table, {len(section.rows)} rows</summary><div class="scroll"><table>'
+        f'<details><summary>Table, {count}</summary><div class="scroll"><table>'
         f"<thead><tr>{titles}</tr></thead>\n<tbody>{rows}</tbody></table></div></details></section>"
     )
 
