@@ -288,6 +288,7 @@ def _composition(found: Mapping[str, Any]) -> Iterator[str]:
         f"cache together. {found['results'][0]['windows']} windows of {found['data']}; the weights of all are rotated",
         "once, at random, before anything else. Decoding is that of one thread at 2048 tokens, calibration is",
         "processor time; a cache's bits do not count what is held once a model.",
+        *found.get("notes", []),
     )
     rows = [
         (
