@@ -181,7 +181,7 @@ def at_once(clean_env: dict[str, str], *runs: tuple[object, ...]) -> list[str]:
 
 @pytest.mark.slow
 def test_two_calibrations_in_one_folder_do_not_disturb_one_another(tinystories, clean_env, found, tmp_path):
-    said = at_once(clean_env, (tinystories, tmp_path / "a", 5.0), (tinystories, tmp_path / "b", 3.5))
+    said = at_once(clean_env, (tinystories, tmp_path / "a", BUDGET.bits), (tinystories, tmp_path / "b", 3.5))
     assert said == ["written", "written"]
     assert open_artifact(tmp_path / "a").plan == found.plan
     assert open_artifact(tmp_path / "b").plan.effective_bits(512) <= 3.5
@@ -191,7 +191,7 @@ def test_two_calibrations_in_one_folder_do_not_disturb_one_another(tinystories, 
 @pytest.mark.slow
 @pytest.mark.parametrize("force", [False, True])
 def test_of_two_calibrations_of_one_output_one_wins_whole(tinystories, clean_env, found, tmp_path, force):
-    words = (tinystories, tmp_path / "a", 5.0, *(["force"] if force else []))
+    words = (tinystories, tmp_path / "a", BUDGET.bits, *(["force"] if force else []))
     said = sorted(at_once(clean_env, words, words))
     assert said[-1] == "written"
     assert said[0] == "written" if force else "already holds an artifact" in said[0]
