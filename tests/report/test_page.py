@@ -210,6 +210,13 @@ def test_an_evaluation_of_something_else_is_refused(artifact, evaluation):
         sections(artifact, {**evaluation, "tasks": {"passkey": {}}})
 
 
+def test_a_table_says_how_many_rows_it_has(artifact, evaluation):
+    page = render(artifact, evaluation)
+    counts = [len(x.rows) for x in sections(artifact, evaluation)]
+    assert 1 in counts
+    assert re.findall(r"<summary>Table, (.*?)</summary>", page) == ["1 row" if n == 1 else f"{n} rows" for n in counts]
+
+
 def test_the_page_is_one_small_file_that_names_no_folder(artifact, evaluation):
     page = render(artifact, evaluation)
     assert len(page.encode()) < 5 * 2**20

@@ -61,7 +61,9 @@ def assert_close(*pairs: tuple[Tensor, Tensor]) -> None:
     Sums of another order, as another processor has them, move a code now and then, which later tokens see; a wrong term
     moves everything.
     """
-    assert median(float((found - expected).norm() / expected.norm()) for found, expected in pairs) < 0.02
+    ratios = [float((found - expected).norm() / expected.norm()) for found, expected in pairs]
+    assert median(ratios) < 0.02
+    assert max(ratios) < 0.05
     assert median(float((found - expected).abs().median()) for found, expected in pairs) < 1e-3
 
 
